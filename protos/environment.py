@@ -1,0 +1,10 @@
+"""Environment variables by which a launcher tells workers whom to report to.
+
+A token goes by environment and not by argument: arguments are readable by every user of the machine.
+"""
+
+COORDINATOR_ADDRESS = "PACELINE_COORDINATOR"  # host:port of the CoordinatorService
+JOB_ID = "PACELINE_JOB_ID"
+JOB_ATTEMPT = "PACELINE_JOB_ATTEMPT"
+JOB_TOKEN = "PACELINE_JOB_TOKEN"
+SERVER_ADDRESS = "PACELINE_SERVER"  # what client verbs take when --server is absent
