@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from protos.job_file import JobFileInvalid, parse_job, to_yaml
 
 from protos import job_pb2
-from protos.job_file import JobFileInvalid, parse_job, to_yaml
 from worker.checkpoint import read_safetensors, write_atomically
 from worker.data.preprocessing import Preprocessing
 from worker.engine.model import Model

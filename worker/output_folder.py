@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protos import job_pb2
 from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
+
+from protos import job_pb2
 from worker import model_file
 from worker.checkpoint import list_checkpoints, write_atomically
 from worker.errors import OutputFault
@@ -35,7 +36,8 @@ def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
     held = [name for name in CONTENTS if (folder / name).exists()]
     if held:
         raise OutputFault(
-            f"{folder}: already holds a run ({', '.join(held)}); go on with it by --resume, or name another folder with -o"
+            f"{folder}: already holds a run ({', '.join(held)}); "
+            "go on with it by --resume, or name another folder with -o"
         )
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)

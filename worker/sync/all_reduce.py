@@ -10,6 +10,7 @@ unequal numbers of ranks there are as many slices as the smallest node has ranks
 
 from __future__ import annotations
 
+import itertools
 from time import perf_counter
 from typing import Any, NamedTuple
 
@@ -188,7 +189,7 @@ def slice_bounds(elements: int, slices: int) -> list[tuple[int, int]]:
     """Cut `elements` into `slices` runs of nearly equal length that begin on cache lines; late ones may be empty."""
     lines = -(-elements // CACHE_LINE_ELEMENTS)
     edges = [min(elements, lines * index // slices * CACHE_LINE_ELEMENTS) for index in range(slices + 1)]
-    return list(zip(edges, edges[1:], strict=False))
+    return list(itertools.pairwise(edges))
 
 
 def _sum(chunk: Chunk) -> None:

@@ -1,5 +1,7 @@
 """The flat vector is cut into slices for the ranks of a node."""
 
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ def test_slices_cover_the_vector_in_order_without_overlap(elements: int, slices:
     assert len(bounds) == slices
     assert bounds[0][0] == 0
     assert bounds[-1][1] == elements
-    assert all(stop == start for (_, stop), (start, _) in zip(bounds, bounds[1:], strict=False))
+    assert all(stop == start for (_, stop), (start, _) in itertools.pairwise(bounds))
 
 
 @given(elements=st.integers(0, 100_000), slices=st.integers(1, 70))
