@@ -83,7 +83,7 @@ class Controller:
         self._capacity = capacity
         self._clock = clock
         self._grace_seconds = grace_seconds
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
         self._jobs: dict[str, Job] = {}  # open jobs, in the order of submission
@@ -110,10 +110,8 @@ class Controller:
                 except KeyError:
                     continue  # the id is taken; 30 random bits make a second one free
                 self._jobs[job.id] = job
-                break
-            self._decide()  # so that the answer already says what the job waits for
-            self._wake.set()
-            return self._jobs[job.id]
+                self._wake.set()
+                return job
 
     def cancel(self, job_id: str) -> Job:
         """Ask for the job's end; asking again is no fault until it has ended."""
@@ -218,11 +216,16 @@ class Controller:
 
     def _observe(self) -> None:
         for job_id, run in list(self._runs.items()):
-            exit_code = run.running.poll()
-            if exit_code is None or (run.stopper is not None and run.stopper.is_alive()):
-                continue
             job = self._jobs[job_id]
-            self._move(job, self._end(job, run, exit_code))
+            try:
+                exit_code = run.running.poll()
+                if exit_code is None or (run.stopper is not None and run.stopper.is_alive()):
+                    continue
+                end = self._end(job, run, exit_code)
+            except TimeoutError as fault:  # the launcher ended and a rank cannot be killed: stuck in the kernel
+                cancelling = job.state is JobState.CANCELLING
+                end = jobs.Stopped(str(fault)) if cancelling else jobs.Broke("ProcessesRemain", str(fault))
+            self._move(job, end)
             del self._runs[job_id]
 
     def _end(self, job: Job, run: _Run, exit_code: int) -> Event:
@@ -250,13 +253,16 @@ class Controller:
             match action:
                 case Start(job_id):
                     self._launch(self._jobs[job_id])
-                case Wait(job_id, *why):
-                    job, waited = self._jobs[job_id], jobs.Waited(*why)
+                case Wait(job_id, reason, message, position):
+                    job, waited = self._jobs[job_id], jobs.Waited(reason, message, position)
                     if (job.reason, job.message, job.queue_position) != waited:
                         self._move(job, waited)
                 case GiveUp(job_id, reason, message):
-                    if job_id in self._runs:
-                        self._runs[job_id].ending = self._runs[job_id].ending or jobs.Broke(reason, message)
+                    broke = jobs.Broke(reason, message)
+                    if (run := self._runs.get(job_id)) is None:  # a fault of ours came between its slots and its launch
+                        self._move(self._jobs[job_id], broke)
+                    else:
+                        run.ending = run.ending or broke
 
     def _launch(self, job: Job) -> None:
         token = auth.new_token()

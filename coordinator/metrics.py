@@ -25,6 +25,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from coordinator.jobs import JobState
 from protos import coordinator_pb2, job_pb2
 
 TIME_TO_LIVE = timedelta(minutes=15)
@@ -76,16 +77,22 @@ _COUNTERS = (
 
 
 class Metrics(Collector):
-    """The collector; register it once. `jobs_by_state` is asked at each scrape. Threads may call every method."""
+    """The collector; `jobs_by_state` is asked at each scrape. Threads may call every method."""
 
-    def __init__(self, slots: int, clock: Callable[[], datetime], registry: CollectorRegistry) -> None:
+    def __init__(
+        self,
+        slots: int,
+        clock: Callable[[], datetime],
+        jobs_by_state: Callable[[], Mapping[JobState, int]],
+        registry: CollectorRegistry,
+    ) -> None:
         self._lock = threading.Lock()
         self._clock = clock
         self._slots = slots
         self._slots_used = 0
         self._training: dict[str, _Training] = {}
         self._queue_wait = Histogram(QUEUE_BOUNDS)
-        self.jobs_by_state: Callable[[], Mapping[str, int]] = dict
+        self._jobs_by_state = jobs_by_state
         registry.register(self)
 
     # ------------------------------------------------------------------------------------------------------- feeding
@@ -134,16 +141,16 @@ class Metrics(Collector):
         return []  # the names do not change, so the registry need not collect to learn them
 
     def collect(self) -> Iterator[Metric]:
-        by_state = self.jobs_by_state()
+        by_state = self._jobs_by_state()
         with self._lock:
             self._expire()
             families = [*self._service(by_state), *self._jobs(), *self._ranks()]
         yield from families
 
-    def _service(self, by_state: Mapping[str, int]) -> Iterator[Metric]:
+    def _service(self, by_state: Mapping[JobState, int]) -> Iterator[Metric]:
         jobs = GaugeMetricFamily("paceline_jobs", "Jobs in the store, by state.", labels=["state"])
         for state, count in by_state.items():
-            jobs.add_metric([state], count)
+            jobs.add_metric([state.value], count)
         slots = GaugeMetricFamily("paceline_slots", "Slots of this coordinator, used and free.", labels=["state"])
         slots.add_metric(["used"], self._slots_used)
         slots.add_metric(["free"], self._slots - self._slots_used)
