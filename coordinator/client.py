@@ -7,7 +7,6 @@ whether the coordinator still answers, so that a dead connection is noticed with
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no stubs
 from grpc_status import rpc_status
 
+from coordinator.addresses import AddressInvalid, parse_address
 from coordinator.faults import CommandFault
 from protos import coordinator_pb2, coordinator_pb2_grpc, job_pb2
 from protos.exit_codes import ExitCode
@@ -43,11 +43,12 @@ class Client:
 
     def __init__(self, address: str) -> None:
         self.address = address
-        host, _, port = address.rpartition(":")
-        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
-            raise CommandFault(f"--server {address} is not HOST:PORT, such as 127.0.0.1:50051", ExitCode.USAGE)
+        try:
+            loopback = parse_address("--server", address).loopback
+        except AddressInvalid as fault:
+            raise CommandFault(str(fault), ExitCode.USAGE) from fault
         options: list[tuple[str, int]] = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
-        if _is_loopback(host):
+        if loopback:
             options.append(("grpc.enable_http_proxy", 0))  # no proxy can reach our loopback
         self._channel = grpc.insecure_channel(address, options=options)
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]
@@ -67,7 +68,7 @@ class Client:
         job: job_pb2.Job = self._call(self._stub.GetJob, coordinator_pb2.GetJobRequest(job_id=job_id)).job
         return job
 
-    def list(self, limit: int) -> tuple[list[job_pb2.Job], bool]:
+    def list_jobs(self, limit: int) -> tuple[list[job_pb2.Job], bool]:
         """The newest jobs, and whether there are more."""
         jobs: list[job_pb2.Job] = []
         token = ""
@@ -184,12 +185,3 @@ def _violations(status: status_pb2.Status | None) -> Iterator[str]:
         if detail.Unpack(faults):
             for fault in faults.field_violations:
                 yield f"{fault.field}: {fault.description}" if fault.field else fault.description
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False

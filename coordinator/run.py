@@ -10,19 +10,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 
 from google.protobuf import json_format
 
 from coordinator.faults import CommandFault
+from coordinator.interruption import Interrupted, stop_signals
 from coordinator.launchers.local import (
     Cause,
     Launch,
@@ -61,14 +59,6 @@ class RunOptions:
     as_json: bool = False
 
 
-class Interrupted(Exception):
-    """This process was told to end: Ctrl-C, SIGTERM, or its terminal was closed."""
-
-    def __init__(self, signal_number: int) -> None:
-        super().__init__(signal.Signals(signal_number).name)
-        self.exit_code = 128 + signal_number
-
-
 def run(options: RunOptions) -> int:
     """Train and return the exit code; CommandFault says what went wrong."""
     settings = options.settings
@@ -82,7 +72,7 @@ def run(options: RunOptions) -> int:
     log_dir = Path(tempfile.mkdtemp(prefix="paceline-run-"))
     launch = _plan(options, settings, output, log_dir, job)
 
-    with _stop_signals():
+    with stop_signals():
         try:
             with open_display(options.as_json, job.training.epochs) as display:
                 display.state(f"{printable(job.name)}: starting {_workers(job.workers)}")
@@ -131,7 +121,7 @@ def _plan(options: RunOptions, settings: Sequence[str], output: Path, log_dir: P
     cores = available_cores()
     if job.workers > cores:
         say(
-            f"warning: {job.workers} workers share {cores} cores, so each waits for the others; more than {cores} is no faster"
+            f"warning: {job.workers} workers share {cores} cores and wait for each other; more than {cores} is no faster"
         )
     arguments = ["train", str(options.job_file), "-o", str(output), "--log-dir", str(log_dir)]
     for setting in settings:
@@ -234,22 +224,3 @@ def _workers(count: int) -> str:
 def say(line: str) -> None:
     """A line beside the output proper."""
     print(line, file=sys.stderr, flush=True)
-
-
-@contextmanager
-def _stop_signals() -> Iterator[None]:
-    """Inside, the signals that end a program raise Interrupted, so that the workers are ended too."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)  # one is enough: the ending itself is not to be interrupted
-        raise Interrupted(number)
-
-    previous = {}
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        previous[number] = signal.signal(number, interrupt)
-    try:
-        yield
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
