@@ -188,6 +188,8 @@ class Controller:
             for run in self._runs.values():
                 run.ending = run.ending or broke
         self._wake.set()
+        if self._thread.ident is None:  # start() failed
+            return
         self._thread.join(self._grace_seconds + 15)  # SIGTERM's grace, SIGKILL's, and something for a busy machine
         if self._thread.is_alive():
             log.error("launched jobs did not end in time: %s", ", ".join(self._runs))
