@@ -23,7 +23,9 @@ class HttpPort:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0][0]
         server = type("Server", (ThreadingHTTPServer,), {"address_family": family, "daemon_threads": True})
         self._server: ThreadingHTTPServer = server((host, port), _handler(registry, health))
-        self._thread = threading.Thread(target=self._server.serve_forever, name="http", daemon=True)
+        # How soon stop() is seen, in seconds; requests are served at once.
+        arguments = {"poll_interval": 0.1}
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs=arguments, name="http", daemon=True)
 
     @property
     def port(self) -> int:

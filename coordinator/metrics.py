@@ -68,7 +68,7 @@ _GAUGES = (
     ("paceline_validation_loss", "validation_loss", "Loss over the validation set at the last evaluation."),
     ("paceline_validation_accuracy_ratio", "validation_accuracy", "Share of validation labels predicted right."),
     ("paceline_learning_rate", "learning_rate", "Learning rate of the last step."),
-    ("paceline_epoch", "epoch", "Epoch the job is in, from 1."),
+    ("paceline_epoch", "epoch", "Epoch of the newest report."),
 )
 _COUNTERS = (
     ("paceline_samples", "samples", "Samples trained on, over all ranks."),

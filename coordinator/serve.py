@@ -42,7 +42,7 @@ from protos.exit_codes import ExitCode
 
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
 SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
-_UNSERVED = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
+_HEALTH = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
 
 
 class CannotServe(Exception):
@@ -181,7 +181,7 @@ class Coordinator:
 
     def _set_serving(self, serving: bool) -> None:
         for service in ("", SERVICE_NAME):
-            self._health.set(service, _UNSERVED[serving])
+            self._health.set(service, _HEALTH[serving])
 
 
 @contextlib.contextmanager

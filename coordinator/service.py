@@ -141,8 +141,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     @answer
     def GetMetrics(self, request: pb.GetMetricsRequest, context: grpc.ServicerContext) -> pb.GetMetricsResponse:
         job = self._job(request.job_id)
-        found = self._store.reports(job.id, request.after_step, limit=REPORTS_AT_MOST)
-        return pb.GetMetricsResponse(reports=[report for _, report in found])
+        found = self._store.reports(job.id, request.after_step, limit=REPORTS_AT_MOST + 1)
+        reports = [report for _, report in found]
+        if len(reports) > REPORTS_AT_MOST:  # whole steps only: the next call asks for steps after the last one given
+            reports = [report for report in reports if report.step < reports[-1].step]
+        return pb.GetMetricsResponse(reports=reports)
 
     @answer_stream
     def PullArtifacts(

@@ -28,6 +28,11 @@ workers: {workers}
 """
 
 
+def spec_of(name: str, workers: int = 1) -> job_pb2.JobSpec:
+    """A job the fake launcher treats as its name asks."""
+    return parse_job(JOB.format(name=name, workers=workers))
+
+
 class Talk(NamedTuple):
     """A coordinator and a stub of its service."""
 
@@ -35,7 +40,7 @@ class Talk(NamedTuple):
     stub: coordinator_pb2_grpc.CoordinatorServiceStub
 
     def spec(self, name: str, workers: int = 1) -> job_pb2.JobSpec:
-        return parse_job(JOB.format(name=name, workers=workers))
+        return spec_of(name, workers)
 
     def submit(self, name: str, workers: int = 1, **options: object) -> job_pb2.Job:
         request = pb.SubmitJobRequest(spec=self.spec(name, workers), **options)
@@ -61,6 +66,11 @@ class Talk(NamedTuple):
 
     def until_ended(self, job_id: str) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state in ENDED)
+
+
+@pytest.fixture
+def make_spec() -> Callable[..., job_pb2.JobSpec]:
+    return spec_of
 
 
 @pytest.fixture

@@ -1,6 +1,7 @@
 """Stands where mpirun and paceline-worker stand: does what the job's name asks and reports over real gRPC.
 
-Called like mpirun: `-n RANKS ... paceline-worker train JOB.yaml -o OUTPUT --log-dir LOGS`.
+Called like mpirun: `-n RANKS ... paceline-worker train JOB.yaml -o OUTPUT --log-dir LOGS`; or by the real mpirun in
+place of paceline-worker, and then it is one rank of many.
 """
 
 import json
@@ -12,12 +13,15 @@ from pathlib import Path
 
 arguments = sys.argv[sys.argv.index("train") + 1 :]
 job_file, output, logs = Path(arguments[0]), Path(arguments[2]), Path(arguments[4])
-ranks = int(sys.argv[sys.argv.index("-n") + 1])
+rank = int(os.environ.get("OMPI_COMM_WORLD_RANK", "0"))
+ranks = int(os.environ.get("OMPI_COMM_WORLD_SIZE") or sys.argv[sys.argv.index("-n") + 1])
 name = next(line.split()[1] for line in job_file.read_text().splitlines() if line.startswith("name:"))
-rank_log = (logs / "rank-0.log").open("a", buffering=1)
+rank_log = (logs / f"rank-{rank}.log").open("a", buffering=1)
 
 
 def report(step: int, **fields: float) -> None:
+    if rank != 0:
+        return
     import grpc
 
     from protos import coordinator_pb2, coordinator_pb2_grpc, job_pb2
@@ -26,9 +30,9 @@ def report(step: int, **fields: float) -> None:
     line.phase_seconds.update({"forward": 0.002, "backward": 0.004})
     measured = [
         coordinator_pb2.RankReport(
-            rank=rank, host="here", exchange_wait_seconds=0.5, sent_bytes={"mpi": 100}, received_bytes={"mpi": 200}
+            rank=number, host="here", exchange_wait_seconds=0.5, sent_bytes={"mpi": 100}, received_bytes={"mpi": 200}
         )
-        for rank in range(ranks)
+        for number in range(ranks)
     ]
     request = coordinator_pb2.ReportProgressRequest(
         job_id=os.environ["PACELINE_JOB_ID"],
@@ -72,6 +76,15 @@ match name:
         time.sleep(600)
     case "long":  # reports once, then never ends by itself
         report(1, loss=1.0)
+        time.sleep(600)
+    case "rank-killed":  # rank 1 is killed once rank 0 has reported
+        report(1, loss=1.0)
+        if rank == 0:
+            (logs / "reported").touch()
+        while rank == 1 and not (logs / "reported").exists():
+            time.sleep(0.01)
+        if rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(600)
     case "stubborn":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -19,7 +19,9 @@ def noon() -> datetime:
 
 @pytest.fixture(scope="session")
 def make_job() -> Callable[..., Job]:
-    def make(job_id: str = "digits-000000", state: JobState = JobState.QUEUED, workers: int = 1, **fields: object) -> Job:
+    def make(
+        job_id: str = "digits-000000", state: JobState = JobState.QUEUED, workers: int = 1, **fields: object
+    ) -> Job:
         change = StateChange(state, "Made", "made for a test", NOON)
         job = Job(job_id, job_pb2.JobSpec(name="digits", workers=workers), (change,), change.reason, change.message)
         return replace(job, **fields)

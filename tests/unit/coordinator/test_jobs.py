@@ -1,5 +1,6 @@
 """The states of a job and the moves between them, with invented times."""
 
+import itertools
 from datetime import timedelta
 
 import pytest
@@ -46,7 +47,7 @@ def test_history_is_a_walk_through_the_table_that_ends_with_the_job(make_job, no
         assert job.history[: len(before.history)] == before.history
         assert job.create_time == noon
     states = [change.state for change in job.history]
-    assert all(after in TRANSITIONS[before].values() for before, after in zip(states, states[1:], strict=False))
+    assert all(after in TRANSITIONS[before].values() for before, after in itertools.pairwise(states))
     assert not ENDED.intersection(states[:-1])
     assert job.token_digest is None or not job.ended
 

@@ -1,0 +1,79 @@
+"""Which jobs a coordinator takes."""
+
+from pathlib import Path
+
+import pytest
+
+from coordinator.admission import violations_of
+from protos import job_pb2
+from protos.job_file import parse_job
+
+
+def job(path: str, workers: int = 1) -> job_pb2.JobSpec:
+    spec = parse_job(
+        "{data: {train: {csv: {path: /placeholder, target: y}}}, model: [{dense: {units: 1}}],"
+        " loss: mean_squared_error, optimizer: sgd}"
+    )
+    spec.workers = workers
+    spec.data.train.csv.path = path
+    return spec
+
+
+def test_any_absolute_path_is_taken_where_no_root_is_set() -> None:
+    assert violations_of(job("/anywhere/data.csv"), (), 2) == []
+
+
+def test_a_relative_path_names_no_folder_the_coordinator_knows() -> None:
+    (fault,) = violations_of(job("data.csv"), (), 2)
+    assert fault.path == "data.train.csv.path"
+    assert "'data.csv' is not absolute" in fault.message
+
+
+def test_more_ranks_than_slots_are_refused_with_both_remedies() -> None:
+    (fault,) = violations_of(job("/data.csv", workers=5), (), 2)
+    assert str(fault) == (
+        "workers: 5 is more than this coordinator's 2 slots; start it with --slots 5 or ask for 2 at most"
+    )
+
+
+def test_every_fault_is_named_at_once() -> None:
+    spec = job("data.csv", workers=5)
+    spec.optimizer.sgd.learning_rate = -1
+    assert [fault.path for fault in violations_of(spec, (), 2)] == [
+        "optimizer.sgd.learning_rate",
+        "data.train.csv.path",
+        "workers",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ("root/data.csv", True),
+        ("root/below/not-there.csv", True),
+        ("root/inner-link/data.csv", True),
+        ("elsewhere/data.csv", False),
+        ("root/../elsewhere/data.csv", False),
+        ("root/link/data.csv", False),
+        ("rooted/data.csv", False),
+        ("root/loop/data.csv", False),
+    ],
+)
+def test_a_path_is_judged_by_where_it_leads(tmp_path: Path, given: str, allowed: bool) -> None:
+    for folder in ("root/below", "elsewhere", "rooted"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "root/link").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "root/inner-link").symlink_to(tmp_path / "root/below")
+    (tmp_path / "root/loop").symlink_to(tmp_path / "root/loop")
+    faults = violations_of(job(str(tmp_path / given)), ((tmp_path / "root").resolve(),), 2)
+    assert [fault.path for fault in faults] == ([] if allowed else ["data.train.csv.path"])
+
+
+def test_a_refused_path_names_the_roots_there_are() -> None:
+    (fault,) = violations_of(job("/etc/passwd"), (Path("/data"), Path("/more")), 2)
+    assert "'/etc/passwd' is not under a folder this coordinator may read from: /data, /more" in fault.message
+
+
+def test_a_nul_in_a_path_is_no_path() -> None:
+    (fault,) = violations_of(job("/data\0.csv"), (Path("/data"),), 2)
+    assert "is not a path" in fault.message

@@ -1,0 +1,164 @@
+"""The loop, with a launcher made of memory."""
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+from prometheus_client import CollectorRegistry
+
+import coordinator.controller
+from coordinator.changes import Changes
+from coordinator.controller import Controller, Launcher
+from coordinator.jobs import JobState
+from coordinator.launchers.local import Cause
+from coordinator.metrics import Metrics
+from coordinator.refusals import Refused
+from coordinator.scheduler import Capacity
+from coordinator.store import Store
+from protos import job_pb2
+from protos.job_file import parse_job
+
+SPEC = parse_job(
+    "{name: digits, data: {train: {built_in: digits}}, model: [{dense: {units: 10}}], loss: softmax_cross_entropy,"
+    " optimizer: sgd}"
+)
+
+
+@dataclass
+class FakeRunning:
+    """Ends when it is told to."""
+
+    pid: int = 2**22 + 1  # above every real pid
+    exit_code: int | None = None
+    stuck: bool = False
+    secret: str = ""
+    terminated: threading.Event = field(default_factory=threading.Event)
+
+    def poll(self) -> int | None:
+        if self.stuck:
+            raise TimeoutError("processes [7] are still there 5 s after SIGKILL")
+        return self.exit_code
+
+    def terminate(self, grace_seconds: float) -> int:
+        self.exit_code = -15
+        self.terminated.set()
+        return -15
+
+
+@dataclass
+class Parts:
+    controller: Controller
+    store: Store
+    changes: Changes
+    launched: list[FakeRunning]
+
+    def until(self, wanted: Callable[[], bool]) -> None:
+        for _ in range(200):
+            seen = self.changes.count
+            if wanted():
+                return
+            self.changes.wait(seen, 0.1)
+        raise AssertionError("it did not happen within 20 s")
+
+    def state(self, job_id: str) -> JobState:
+        job = self.store.get(job_id)
+        assert job is not None
+        return job.state
+
+
+@pytest.fixture
+def parts(tmp_path: Path) -> Iterator[Parts]:
+    store, changes = Store(tmp_path / "paceline.sqlite"), Changes()
+    launched: list[FakeRunning] = []
+
+    def start(job, secret, folder) -> FakeRunning:
+        launched.append(FakeRunning(secret=secret))
+        return launched[-1]
+
+    clock = lambda: datetime.now(UTC)  # noqa: E731
+    controller = Controller(
+        store=store,
+        launcher=Launcher(start, lambda code, logs: Cause("RankFailed", f"exit code {code}")),
+        metrics=Metrics(2, clock, store.count_by_state, CollectorRegistry()),
+        changes=changes,
+        state=tmp_path,
+        capacity=Capacity(2, 60),
+        clock=clock,
+    )
+    yield Parts(controller, store, changes, launched)
+    controller.stop()
+    store.close()
+
+
+def test_the_loop_outlives_a_store_that_fails_and_says_so_meanwhile(parts, monkeypatch) -> None:
+    monkeypatch.setattr(coordinator.controller, "RETRY_SECONDS", 0.01)
+    failed = threading.Event()
+
+    def full_disk(job) -> None:
+        failed.set()
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(parts.store, "save", full_disk)
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    assert failed.wait(10)
+    parts.until(lambda: parts.controller.fault == "OSError: No space left on device")
+    assert parts.state(job_id) is JobState.QUEUED
+    monkeypatch.undo()
+    parts.until(lambda: parts.state(job_id) is JobState.STARTING)
+    parts.until(lambda: parts.controller.fault is None)
+    assert len(parts.launched) == 1
+
+
+def test_a_rank_that_cannot_be_killed_fails_its_job_and_not_the_loop(parts) -> None:
+    parts.controller.start()
+    stuck, other = parts.controller.submit(SPEC).id, parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 2)
+    parts.launched[0].stuck = True
+    parts.until(lambda: parts.state(stuck) is JobState.FAILED)
+    assert parts.store.get(stuck).reason == "ProcessesRemain"
+    parts.launched[1].exit_code = 3
+    parts.until(lambda: parts.state(other) is JobState.FAILED)
+    assert parts.store.get(other).message == "exit code 3"
+
+
+def test_reports_take_a_job_from_starting_to_running_and_are_counted_once(parts) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    line = job_pb2.Report(step=1, loss=1.0)
+    for _ in range(2):
+        parts.controller.report(job_id, parts.launched[0].secret, 1, [line], [])
+    assert parts.state(job_id) is JobState.RUNNING
+    assert len(parts.store.reports(job_id)) == 1
+
+
+def test_a_cancelled_job_is_cancelled_only_when_its_processes_are_gone(parts) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    assert parts.controller.cancel(job_id).state is JobState.CANCELLING
+    parts.until(lambda: parts.state(job_id) is JobState.CANCELLED)
+    assert parts.launched[0].terminated.is_set()
+
+
+def test_a_job_between_its_slots_and_its_launch_is_ended_when_the_coordinator_comes_back(parts, make_job) -> None:
+    parts.store.add(make_job("digits-000001", JobState.STARTING, token_digest="0" * 64))
+    parts.store.add(make_job("digits-000002", JobState.CANCELLING, token_digest="0" * 64))
+    parts.controller.start()
+    job = parts.store.get("digits-000001")
+    assert (job.state, job.reason) == (JobState.FAILED, "CoordinatorRestarted")
+    assert "its processes were gone: submit it again" in job.message
+    assert parts.state("digits-000002") is JobState.CANCELLED
+
+
+def test_a_coordinator_that_stops_takes_no_job_but_still_answers_a_repeated_submit(parts) -> None:
+    parts.controller.start()
+    first = parts.controller.submit(SPEC, "once")
+    parts.controller.stop()
+    assert parts.controller.submit(SPEC, "once").id == first.id
+    with pytest.raises(Refused, match="takes no jobs"):
+        parts.controller.submit(SPEC)
