@@ -76,7 +76,7 @@ class Thinning:
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
         self._every = max(1, round(epochs / EPOCH_LINES))
-        self._said_at_seconds = 0.0
+        self._said_at_seconds = -LINES_AT_LEAST_SECONDS  # the first report is news
 
     def wants(self, report: job_pb2.Report) -> bool:
         last = 0 < report.total_steps <= report.step
