@@ -10,7 +10,7 @@ import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, cast
 
 import grpc
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no stubs
@@ -160,9 +160,10 @@ class Client:
 
 def explain_error(error: grpc.RpcError, address: str) -> tuple[str, ExitCode]:
     """One line for each fault, and the exit code."""
-    code = error.code()
+    call = cast(grpc.Call, error)  # every RpcError of a call is one; the stubs cannot say so
+    code = call.code()
     exit_code = EXIT_CODES.get(code, ExitCode.FAILED)
-    status = rpc_status.from_call(error)
+    status = rpc_status.from_call(call)
     if status is None and code is grpc.StatusCode.UNAVAILABLE:
         absent = f"no coordinator answers at {address}: start one with `paceline serve`, or name another with --server"
         return absent, exit_code
@@ -173,7 +174,7 @@ def explain_error(error: grpc.RpcError, address: str) -> tuple[str, ExitCode]:
     violations = list(_violations(status))
     if violations:
         return "\n".join(violations), exit_code
-    words = " ".join((error.details() or "").split())
+    words = " ".join((call.details() or "").split())
     if not words:
         words = f"the coordinator at {address} answered {code.name} and said nothing more; see its log"
     return words, exit_code

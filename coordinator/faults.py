@@ -10,7 +10,7 @@ from protos.exit_codes import ExitCode
 
 
 class CommandFault(Exception):
-    """A fault a person can put right."""
+    """A fault a person can put right. Lines of the message that are indented belong to the one before."""
 
     def __init__(self, message: str, exit_code: int = ExitCode.FAILED) -> None:
         super().__init__(message)
@@ -18,5 +18,5 @@ class CommandFault(Exception):
 
 
 def say_faults(message: str) -> str:
-    """The lines a person gets: every fault on its own."""
-    return "\n".join(f"error: {line}" for line in message.splitlines())
+    """The lines a person gets: every fault on its own, what belongs to it below."""
+    return "\n".join(line if line.startswith("  ") else f"error: {line}" for line in message.splitlines())

@@ -23,19 +23,29 @@ def follow_job(client: Client, job_id: str, as_json: bool) -> int:
     except KeyboardInterrupt:
         say_it_goes_on(client, job_id)
         return INTERRUPTED
-    if not as_json:
+    if not as_json and job.state == job_pb2.JOB_STATE_SUCCEEDED:
         print(ending_text(job), flush=True)
     if job.state != job_pb2.JOB_STATE_SUCCEEDED:
-        raise CommandFault(
-            f"job {job_id} is {state_name(job.state)}: {printable(job.message)}; see `paceline logs {job_id}`"
-        )
+        raise CommandFault(ended_badly(job))
     return ExitCode.DONE
+
+
+def ended_badly(job: job_pb2.Job) -> str:
+    """Why, with the last log lines the coordinator sent along."""
+    message, _, rest = printable(job.message).partition("\n")
+    why = f"job {job.id} is {state_name(job.state)}: {message}; all it wrote: paceline logs {job.id}"
+    return f"{why}\n{rest}" if rest else why
 
 
 def ending_text(job: job_pb2.Job) -> str:
     """The last words about a job that has ended."""
-    words = f"{printable(job.spec.name)}: {state_line(job)}"
+    words = job_words(job)
     return f"{words}\n{facts_text(summary_facts(job.summary))}" if job.HasField("summary") else words
+
+
+def job_words(job: job_pb2.Job) -> str:
+    """The job's state in a line of its own."""
+    return f"{printable(job.spec.name)}: {state_line(job)}"
 
 
 def say_it_goes_on(client: Client, job_id: str) -> None:
@@ -57,5 +67,5 @@ def _show(client: Client, job_id: str, as_json: bool) -> job_pb2.Job:
             job = event
             # What has ended is told once and last; a job that ended long ago is sent before its reports.
             if as_json or job.state not in ENDED:
-                display.state(f"{printable(job.spec.name)}: {state_line(job)}", job)
+                display.state(job_words(job), job)
     return job

@@ -11,7 +11,7 @@ import csv
 import io
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -62,11 +62,9 @@ def json_line(value: Message | dict[str, Any]) -> str:
     return json.dumps(document(value) if isinstance(value, Message) else value, allow_nan=False)
 
 
-def _present(message: Message) -> Iterable[FieldDescriptor]:
+def _present(message: Message) -> list[Any]:
     """Fields that are set, and those that cannot say whether they are: a plain 0 is a 0."""
-    for field in message.DESCRIPTOR.fields:
-        if not field.has_presence or message.HasField(field.name):
-            yield field
+    return [field for field in message.DESCRIPTOR.fields if not field.has_presence or message.HasField(field.name)]
 
 
 def _value(field: FieldDescriptor, value: Any) -> Any:
@@ -105,8 +103,13 @@ def time_text(time: Timestamp) -> str:
 
 
 def printable(text: str) -> str:
-    """Text without characters that would command a terminal."""
-    return "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+    """Text without characters that would command a terminal; lines stay lines."""
+    return "".join(c if c.isprintable() or c in "\t\n" else repr(c)[1:-1] for c in text)
+
+
+def first_line(text: str) -> str:
+    """What a message says in its first line; a failed job's goes on with the last lines of a log."""
+    return printable(text.partition("\n")[0])
 
 
 def number(value: float) -> str:
@@ -133,7 +136,7 @@ def duration(seconds: float) -> str:
 def state_line(job: job_pb2.Job) -> str:
     """The state and why, such as `QUEUED (1st in the queue): needs 4 slots, 1 free`."""
     place = f" (number {job.queue_position} in the queue)" if job.queue_position else ""
-    return f"{state_name(job.state)}{place}" + (f": {printable(job.message)}" if job.message else "")
+    return f"{state_name(job.state)}{place}" + (f": {first_line(job.message)}" if job.message else "")
 
 
 def job_table(jobs: Sequence[job_pb2.Job], now: datetime) -> str:
@@ -149,7 +152,7 @@ def job_table(jobs: Sequence[job_pb2.Job], now: datetime) -> str:
                 str(job.spec.workers),
                 _progress_words(job),
                 duration(age),
-                printable(job.message) or job.reason,
+                first_line(job.message) or job.reason,
             )
         )
     return _aligned(rows)
@@ -174,9 +177,13 @@ def job_text(job: job_pb2.Job) -> str:
         facts += summary_facts(job.summary)
     lines = _aligned([(f"{name}:", value) for name, value in facts if value])
     history = _aligned(
-        [("  " + time_text(change.time), state_name(change.state), printable(change.message)) for change in job.history]
+        [
+            ("  " + time_text(change.time), state_name(change.state), first_line(change.message))
+            for change in job.history
+        ]
     )
-    return f"{lines}\nhistory:\n{history}" if history else lines
+    rest = printable(job.message).partition("\n")[2]
+    return "\n".join([lines, *(["history:", history] if history else []), *([rest] if rest else [])])
 
 
 def summary_facts(summary: job_pb2.Summary) -> list[tuple[str, str]]:
@@ -191,7 +198,10 @@ def summary_facts(summary: job_pb2.Summary) -> list[tuple[str, str]]:
         *facts,
         ("trained", f"{summary.epochs} epochs, {summary.steps:,} steps, {summary.samples:,} samples"),
         ("speed", f"{summary.samples_per_second:,.0f} samples/s on {summary.world_size} worker{many}"),
-        ("time", f"{duration(summary.wall_seconds)}, {duration(summary.seconds_to_first_step)} to the first step"),
+        (
+            "time",
+            f"{duration(summary.wall_seconds)} of training, first step after {duration(summary.seconds_to_first_step)}",
+        ),
         ("size", f"{summary.parameters:,} parameters, {summary.peak_memory_bytes / 1e6:,.0f} MB a worker at most"),
     ]
 

@@ -7,10 +7,11 @@ reports say and not by the clock, so the same job prints the same lines.
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from coordinator.presentation import document, duration, json_line, number, printable, state_line
+from coordinator.presentation import document, duration, json_line, number
 from protos import job_pb2
 
 if TYPE_CHECKING:
@@ -18,6 +19,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 LINES_AT_LEAST_SECONDS = 5.0  # of training time between two plain lines, unless an epoch ends
+TRAINING = (("loss", "loss"), ("accuracy", "accuracy"))
+VALIDATION = (("validation_loss", "val loss"), ("validation_accuracy", "val accuracy"))
 EPOCH_LINES = 20  # about as many epochs of a long job get their line
 
 
@@ -37,18 +40,22 @@ class Display(Protocol):
 
 def report_line(report: job_pb2.Report, epochs: int) -> str:
     """One report in words, such as `epoch 1/3  step 235/705  loss 0.5123  accuracy 0.8120  51,234 samples/s`."""
-    return "  ".join([f"epoch {report.epoch}/{epochs}", f"step {report.step}/{report.total_steps}", *_figures(report)])
+    where = [f"epoch {report.epoch}/{epochs}", f"step {report.step}/{report.total_steps}"]
+    return "  ".join([*where, *_figures(report, TRAINING), speed(report), *_figures(report, VALIDATION)])
 
 
-def _figures(report: job_pb2.Report) -> list[str]:
-    named = (
-        ("loss", "loss"),
-        ("accuracy", "accuracy"),
-        ("validation_loss", "validation loss"),
-        ("validation_accuracy", "validation accuracy"),
-    )
-    said = [f"{name} {number(getattr(report, field))}" for field, name in named if report.HasField(field)]
-    return [*said, f"{report.samples_per_second:,.0f} samples/s"]
+def epoch_line(report: job_pb2.Report, epochs: int) -> str:
+    """The same above a live bar, which has the rest: 80 columns hold it."""
+    width = len(str(epochs))
+    return "  ".join([f"epoch {report.epoch:{width}}/{epochs}", *_figures(report, (*TRAINING, *VALIDATION))])
+
+
+def speed(report: job_pb2.Report) -> str:
+    return f"{report.samples_per_second:,.0f} samples/s"
+
+
+def _figures(report: job_pb2.Report, named: Sequence[tuple[str, str]]) -> list[str]:
+    return [f"{words} {number(getattr(report, field))}" for field, words in named if report.HasField(field)]
 
 
 def seconds_left(report: job_pb2.Report) -> float | None:
@@ -69,7 +76,7 @@ class Thinning:
     def __init__(self, epochs: int) -> None:
         self._epochs = epochs
         self._every = max(1, round(epochs / EPOCH_LINES))
-        self._said_at_seconds = 0.0
+        self._said_at_seconds = -LINES_AT_LEAST_SECONDS  # the first report is news
 
     def wants(self, report: job_pb2.Report) -> bool:
         last = 0 < report.total_steps <= report.step
@@ -145,15 +152,14 @@ class LiveBar:
 
     def report(self, report: job_pb2.Report) -> None:
         if self._thinning.wants(report) and ends_epoch(report, self._epochs):
-            self._console.print(report_line(report, self._epochs), markup=False, highlight=False, no_wrap=True)
+            self._console.print(epoch_line(report, self._epochs), markup=False, highlight=False)
         left = seconds_left(report)
-        brief = [figure for figure in _figures(report) if not figure.startswith("validation")]
         self._progress.update(
             self._task,
             description=f"epoch {report.epoch}/{self._epochs}",
             total=report.total_steps or None,
             completed=report.step,
-            figures="  ".join(brief),
+            figures="  ".join([*_figures(report, TRAINING), speed(report)]),
             left=f"{duration(left)} left" if left is not None else "",
         )
 
@@ -169,8 +175,8 @@ def _make_progress(console: Console) -> Progress:
     from rich.progress import BarColumn, Progress, TextColumn
     from rich.table import Column
 
-    def text(template: str, **options: bool) -> TextColumn:
-        return TextColumn(template, markup=False, style="none", table_column=Column(no_wrap=True, **options))
+    def text(template: str) -> TextColumn:
+        return TextColumn(template, markup=False, table_column=Column(no_wrap=True))
 
     return Progress(
         text("{task.description}"),
@@ -195,8 +201,3 @@ def open_display(as_json: bool, epochs: int, out: TextIO | None = None) -> Displ
     console = Console(file=out)
     # A terminal that cannot move its cursor gets lines too.
     return LiveBar(console, epochs) if console.is_terminal and not console.is_dumb_terminal else PlainLines(out, epochs)
-
-
-def job_words(job: job_pb2.Job) -> str:
-    """The job's state in a line of its own."""
-    return f"{printable(job.spec.name)}: {state_line(job)}"

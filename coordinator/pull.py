@@ -7,6 +7,7 @@ server and are not trusted: they stay inside the folder. One rename puts the fol
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import shutil
 import tempfile
@@ -28,10 +29,14 @@ def check_destination(folder: Path) -> None:
 def write_folder(pieces: Iterable[coordinator_pb2.PullArtifactsResponse], folder: Path) -> tuple[int, int]:
     """Write every file and return how many files and bytes there were; CommandFault when the sender erred."""
     check_destination(folder)
+    pieces = iter(pieces)
+    first = next(pieces, None)  # a refusal comes instead of it, before any folder is made
+    if first is None:
+        raise CommandFault("the job's output folder is empty: it ended before it wrote anything")
     with _beside(folder) as partial:
         files = written = 0
         current, digest = "", hashlib.sha256()
-        for piece in pieces:
+        for piece in itertools.chain([first], pieces):
             if piece.offset == 0:
                 _check_whole(current)
                 current, digest, size = piece.path, hashlib.sha256(), 0
@@ -50,8 +55,6 @@ def write_folder(pieces: Iterable[coordinator_pb2.PullArtifactsResponse], folder
                 files += 1
                 current = ""
         _check_whole(current)
-        if not files:
-            raise CommandFault("the job's output folder is empty: it ended before it wrote anything")
         _move(partial, folder)
     return files, written
 

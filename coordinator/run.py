@@ -120,9 +120,7 @@ def check_output(folder: Path, resume: bool) -> None:
 def _plan(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path, job: job_pb2.JobSpec) -> Launch:
     cores = available_cores()
     if job.workers > cores:
-        say(
-            f"warning: {job.workers} workers share {cores} cores and wait for each other; more than {cores} is no faster"
-        )
+        say(f"warning: {job.workers} workers share {cores} cores and wait for each other; more cores or fewer workers")
     arguments = ["train", str(options.job_file), "-o", str(output), "--log-dir", str(log_dir)]
     for setting in settings:
         arguments += ["--set", setting]
@@ -194,7 +192,7 @@ def keep_logs(log_dir: Path, output: Path) -> Path:
 
 def failure_text(cause: Cause, logs: Path) -> str:
     """One short message, the log's last lines, and where the rest is."""
-    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), f"logs: {logs}"])
+    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), f"  logs: {logs}"])
 
 
 def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Path, logs: Path) -> str:

@@ -51,7 +51,7 @@ class Cause:
     rank: int | None = None
     exit_code: int | None = None
     signal: str | None = None  # its name, such as SIGKILL
-    last_lines: tuple[str, ...] = ()  # of the rank's log, or of the launcher's when no rank is at fault
+    last_lines: tuple[str, ...] = ()  # of the rank's log, of rank 0's where that is empty, else of the launcher's
 
 
 def explain(exit_code: int, log_dir: Path) -> Cause:
@@ -64,7 +64,7 @@ def explain(exit_code: int, log_dir: Path) -> Cause:
     if (killed := KILLED.search(said)) and int(killed["rank"]) not in errors:
         return _killed_rank(killed, exit_code, logs)
     if errors:
-        return _failed_rank(errors, exit_code, logs, world_size=len(logs))
+        return _failed_rank(errors, exit_code, logs)
     if (line := _error_line(launcher_lines)) is not None:  # a rank that ended before it had a log of its own
         return Cause("RankFailed", line, _own_rank(line), exit_code, None, _last(launcher_lines))
     if exit_code < 0:
@@ -108,18 +108,19 @@ def signal_words(number: int) -> str:
 def _killed_rank(match: re.Match[str], exit_code: int, logs: dict[int, list[str]]) -> Cause:
     rank, number = int(match["rank"]), int(match["signal"])
     message = f"rank {rank} on {match['host']} was killed by {signal_words(number)}"
-    return Cause("RankKilled", message, rank, exit_code, signal_name(number), _last(logs.get(rank, [])))
+    return Cause("RankKilled", message, rank, exit_code, signal_name(number), _last(logs.get(rank) or logs.get(0, [])))
 
 
-def _failed_rank(errors: dict[int, str], exit_code: int, logs: dict[int, list[str]], world_size: int) -> Cause:
-    """An error that names its rank is that rank's own; one that all ranks share is nobody's; another is of its log."""
+def _failed_rank(errors: dict[int, str], exit_code: int, logs: dict[int, list[str]]) -> Cause:
+    """An error that names its rank is that rank's own. Without a name it is the job's, said by rank 0 for all ranks,
+    or by each; should another rank alone say it, its log names the rank."""
     for line in errors.values():
         if (named := _own_rank(line)) is not None:
             return Cause("RankFailed", line, named, exit_code, None, _last(logs.get(named, [])))
     rank, line = next(iter(errors.items()))
-    shared = world_size == 1 or len(set(errors.values())) == 1 < len(errors)
-    message = line if shared else f"rank {rank}: {line}"
-    return Cause("RankFailed", message, rank, exit_code, None, _last(logs[rank]))
+    if rank == 0 or len(errors) > 1:
+        return Cause("RanksFailed", line, None, exit_code, None, _last(logs[rank]))
+    return Cause("RankFailed", f"rank {rank}: {line}", rank, exit_code, None, _last(logs[rank]))
 
 
 def _own_rank(line: str) -> int | None:
@@ -128,8 +129,14 @@ def _own_rank(line: str) -> int | None:
 
 
 def _error_line(lines: list[str]) -> str | None:
-    """The last `error: ` line, without the prefix."""
-    return next((line[len(ERROR_PREFIX) :] for line in reversed(lines) if line.startswith(ERROR_PREFIX)), None)
+    """What the last `error: ` line says, and those right above it: a job file may have several faults."""
+    last = max((number for number, line in enumerate(lines) if line.startswith(ERROR_PREFIX)), default=None)
+    if last is None:
+        return None
+    first = last
+    while first > 0 and lines[first - 1].startswith(ERROR_PREFIX):
+        first -= 1
+    return "; ".join(line.removeprefix(ERROR_PREFIX) for line in lines[first : last + 1])
 
 
 def _final_words(lines: list[str]) -> str:
@@ -141,7 +148,6 @@ def _final_words(lines: list[str]) -> str:
 def _lines(path: Path) -> list[str]:
     try:
         text = path.read_text(errors="replace")
-
     except FileNotFoundError:
         return []
     return text.replace("\0", "").splitlines()  # mpirun ends some of its messages with a NUL
