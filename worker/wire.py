@@ -25,8 +25,6 @@ _PADDING_FIELD = 14
 _ALIGNMENT = 4  # NumPy reads an array that is not aligned to its elements at a third of the speed
 
 
-
-
 M = TypeVar("M", bound=Message)
 
 
@@ -45,7 +43,7 @@ def encode(head: Message, field: int, array: Float32) -> bytes:
         # A padding field takes two bytes at least, for its key and its length.
         spare = gap - 2 if gap >= 2 else gap + _ALIGNMENT - 2
         packed += _key(_PADDING_FIELD) + _varint(spare) + bytes(spare)
-    return b"".join((packed, prefix, memoryview(array.astype(FLOAT32, copy=False))))
+    return b"".join((packed, prefix, array.astype(FLOAT32, copy=False).data))
 
 
 def decode(kind: type[M], field: int, data: bytes) -> tuple[M, memoryview]:

@@ -15,7 +15,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 
 import grpc
-import numpy as np
 from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
@@ -76,7 +75,7 @@ class ParameterServer:
         self._end_all(End(grpc.StatusCode.UNAVAILABLE, "the parameter server is stopping"))
         await self._server.stop(grace_seconds)
 
-    def _handlers(self) -> dict[str, grpc.RpcMethodHandler[Any, Any]]:
+    def _handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
         return {
             "Join": grpc.unary_unary_rpc_method_handler(
                 self._join, pb.JoinRequest.FromString, pb.JoinResponse.SerializeToString
@@ -145,7 +144,7 @@ class ParameterServer:
         worker: int | None = None
         why = "its stream ended"
         try:
-            while (data := await context.read()) is not grpc.aio.EOF:
+            while (data := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
                 try:
                     head, payload = decode(pb.ExchangeRequest, GRADIENT, data)
                     if worker is None:
@@ -156,8 +155,8 @@ class ParameterServer:
                     code = status_of(refusal) if isinstance(refusal, Refused) else grpc.StatusCode.INVALID_ARGUMENT
                     answers.put_nowait(End(code, str(refusal)))
                     return
-            answers.put_nowait(End(grpc.StatusCode.OK, ""))
         finally:
+            answers.put_nowait(End(grpc.StatusCode.OK, ""))
             if worker is not None:
                 del self._streams[worker]
                 self._shard.lose(worker, why)
@@ -177,6 +176,7 @@ class ParameterServer:
         if head.worker != worker:
             raise Refused(f"worker {head.worker} pushed on the stream of worker {worker}")
         if head.step == 0 and not payload:
+            self._streams[worker].put_nowait(pb.ExchangeResponse().SerializeToString())
             return
         gradient = as_array(payload)
         push = Push(
@@ -206,7 +206,7 @@ class ParameterServer:
             answers.put_nowait(end)
 
 
-class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
+class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Refuses every call that does not show the job's token."""
 
     def __init__(self, token: str) -> None:
@@ -214,9 +214,9 @@ class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[misc]
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
         details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
         shown = dict(details.invocation_metadata or ()).get("authorization", "")
         shown = shown.encode() if isinstance(shown, str) else shown
         if hmac.compare_digest(shown, self._expected):

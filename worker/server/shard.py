@@ -109,7 +109,12 @@ class Shard:
     """Parameters, optimizer state and the step under way."""
 
     def __init__(
-        self, setup: ShardSetup, optimizer: "Optimizer", parameters: Float32, state: Mapping[str, Float32], step: int = 0
+        self,
+        setup: ShardSetup,
+        optimizer: "Optimizer",
+        parameters: Float32,
+        state: Mapping[str, Float32],
+        step: int = 0,
     ) -> None:
         """Take over `parameters` and `state` (1-D, length stop - start), which hold the result of `step` steps."""
         self.setup = setup
@@ -162,11 +167,11 @@ class Shard:
         """Give up a step that waits longer than `step_timeout_seconds`, naming whom it waits for."""
         if self._terms is None or now - self._opened <= self.setup.step_timeout_seconds:
             return
-        chunk = max((c for c in self._chunks.values() if c.step == self.step), key=lambda c: c.offset)
-        late = [worker for worker in range(self.setup.workers) if worker not in chunk.held]
+        waiting = [chunk for chunk in self._chunks.values() if chunk.step == self.step]
+        late = [w for w in range(self.setup.workers) if any(w not in chunk.held for chunk in waiting)]
         self.fault = self.fault or (
-            f"step {self.step + 1} waited {now - self._opened:.1f} s for the gradient at offset {chunk.offset} from "
-            + ", ".join(self._name(worker) for worker in late)
+            f"step {self.step + 1} waited {now - self._opened:.1f} s for the gradient of "
+            + " and ".join(self._name(worker) for worker in late)
         )
 
     def receive(self, push: Push, now: float) -> list[Answer]:
@@ -199,6 +204,8 @@ class Shard:
     def _check(self, push: Push) -> _Chunk:
         """The push's chunk, or the reason why the push is refused."""
         self.check_member(push.worker, push.generation)
+        if self.fault is not None:
+            raise Conflict(self.fault)
         where = f"{self._name(push.worker)}, step {push.step}, offset {push.offset}"
         if push.worker not in self._joined:
             raise Conflict(f"{where}: it has not joined")
