@@ -1,0 +1,201 @@
+"""The parameter server as a process: what `paceline-worker serve-parameters` runs, and how a rank starts it.
+
+The server says `listening HOST:PORT` in one line on standard output when it is ready. It lives as long as its standard
+input stays open: the pipe to the rank that started it closes however that rank ends, SIGKILL included, so no server
+outlives its job.
+
+Rules: nothing of MPI is in this process, neither the library nor a rank's environment.
+"""
+
+import asyncio
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from protos import environment, job_pb2
+from worker.errors import CheckpointFault, TrainingFault, UsageFault
+from worker.server.shard import Shard, ShardSetup
+from worker.wire import Float32
+
+START_TIMEOUT_SECONDS = 20.0
+STOP_TIMEOUT_SECONDS = 5.0
+_READY = "listening "
+_MPI_ENVIRONMENT = ("OMPI_", "PMIX_", "PRTE_")
+# As `python -m worker` without the current folder on the path, where a person may keep a worker.py.
+PROGRAM = (sys.executable, "-P", "-m", "worker", "serve-parameters")
+
+
+def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation: int) -> Shard:
+    """A shard that holds the parameters and optimizer state of a checkpoint. CheckpointFault names what is amiss."""
+    from safetensors import SafetensorError, safe_open
+
+    from worker.optimizers import make_optimizer
+
+    try:
+        with safe_open(start_file, framework="numpy") as file:
+            metadata = dict(file.metadata() or {})
+            tensors: dict[str, Float32] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        step = int(metadata["step"])
+        layout_digest = metadata["layout_digest"]
+        decayed = tuple((int(start), int(stop)) for start, stop in json.loads(metadata["decayed"]))
+        parameters = tensors["parameters"]
+    except (OSError, SafetensorError) as error:
+        raise CheckpointFault(f"{start_file}: cannot be read: {error}") from error
+    except KeyError as error:
+        raise CheckpointFault(f"{start_file}: {error.args[0]} is missing: this is not a checkpoint") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointFault(f"{start_file}: its metadata is damaged: {error}") from error
+    if parameters.ndim != 1 or parameters.dtype != np.float32 or len(parameters) == 0:
+        raise CheckpointFault(f"{start_file}: parameters is {parameters.dtype} {parameters.shape}, needs float32 (n,)")
+    optimizer = make_optimizer(spec.optimizer)
+    state = optimizer.init(len(parameters), np.float32)
+    for name in state:
+        saved = tensors.get(f"optimizer.{name}")
+        if saved is None:
+            if step > 0:
+                raise CheckpointFault(f"{start_file}: optimizer.{name} is missing after step {step}")
+            continue
+        if saved.shape != parameters.shape or saved.dtype != np.float32:
+            given, needed = f"{saved.dtype} {saved.shape}", f"float32 {parameters.shape}"
+            raise CheckpointFault(f"{start_file}: optimizer.{name} is {given}, needs {needed}")
+        state[name] = saved
+    setup = ShardSetup(
+        parameter_count=len(parameters),
+        layout_digest=layout_digest,
+        workers=workers,
+        generation=generation,
+        mode=spec.sync.parameter_server.mode or "synchronous",
+        decayed=decayed,
+    )
+    return Shard(setup, optimizer, parameters, state, step)
+
+
+def serve_parameters(
+    start_file: Path, spec: job_pb2.JobSpec, workers: int, listen: str = "127.0.0.1:0", generation: int = 1
+) -> None:
+    """Serve until standard input ends or SIGTERM comes; return then. The token is in the environment."""
+    token = os.environ.get(environment.JOB_TOKEN, "")
+    if not token:
+        raise UsageFault(f"{environment.JOB_TOKEN} is not set: the parameter server needs the job's token")
+    shard = load_shard(start_file, spec, workers, generation)
+    asyncio.run(_serve(shard, token, listen))
+
+
+async def _serve(shard: Shard, token: str, listen: str) -> None:
+    from worker.server.service import ParameterServer
+
+    over = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, over.set)
+    server = ParameterServer(shard, token)
+    try:
+        port = await server.start(listen)
+    except RuntimeError as error:
+        raise TrainingFault(f"parameter server: cannot listen on {listen}: take another address or port") from error
+    threading.Thread(target=_await_end_of_input, args=(loop, over), name="input", daemon=True).start()
+    print(f"{_READY}{listen.rpartition(':')[0]}:{port}", flush=True)
+    await over.wait()
+    await server.stop()
+
+
+def _await_end_of_input(loop: asyncio.AbstractEventLoop, over: asyncio.Event) -> None:
+    """Wait in a thread, because an event loop cannot wait on every kind of file that standard input may be."""
+    try:
+        while os.read(0, 4096):
+            continue
+    except OSError:  # standard input was closed before the start: the same as its end
+        print("parameter server: standard input is closed", file=sys.stderr)
+    if not loop.is_closed():
+        loop.call_soon_threadsafe(over.set)
+
+
+@dataclass(frozen=True)
+class ServerProcess:
+    """A parameter server that this process started."""
+
+    address: str
+    process: subprocess.Popen[bytes]
+
+    def stop(self, timeout_seconds: float = STOP_TIMEOUT_SECONDS) -> int:
+        """End it and return its exit code; one that does not end in time is killed. All workers must have left."""
+        return _end(self.process, timeout_seconds)
+
+
+def start_server_process(
+    job_file: Path,
+    start_file: Path,
+    workers: int,
+    generation: int,
+    token: str,
+    listen: str = "127.0.0.1:0",
+    program: Sequence[str] = PROGRAM,
+    timeout_seconds: float = START_TIMEOUT_SECONDS,
+) -> ServerProcess:
+    """Start `program JOB START --workers N --generation G --listen L` and wait until it listens.
+
+    Its standard error is this process's own. TrainingFault when it ends, or says nothing within the timeout.
+    """
+    arguments = [str(job_file), str(start_file)]
+    arguments += ["--workers", str(workers), "--generation", str(generation), "--listen", listen]
+    process = subprocess.Popen(
+        [*program, *arguments],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=_child_environment(os.environ, token),
+    )
+    line = _first_line(process, time.monotonic() + timeout_seconds)
+    if not line.startswith(_READY):
+        code = process.poll()
+        _end(process, 0.0)
+        if code is None and not line:
+            raise TrainingFault(f"parameter server: it did not listen within {timeout_seconds:g} s; see its log above")
+        what = f"it said {line!r}" if line else f"it ended with exit code {code} before it listened"
+        raise TrainingFault(f"parameter server: {what}; its own message is above")
+    return ServerProcess(line.removeprefix(_READY), process)
+
+
+def _child_environment(own: Mapping[str, str], token: str) -> dict[str, str]:
+    """A rank's environment without what makes a process a rank."""
+    kept = {name: value for name, value in own.items() if not name.startswith(_MPI_ENVIRONMENT)}
+    return kept | {environment.JOB_TOKEN: token}
+
+
+def _first_line(process: subprocess.Popen[bytes], deadline: float) -> str:
+    """The child's first line of output; empty when it ends or the deadline passes before one is complete."""
+    assert process.stdout is not None
+    pipe = process.stdout.fileno()
+    text = b""
+    while not text.endswith(b"\n"):
+        readable, _, _ = select.select([pipe], [], [], max(0.0, deadline - time.monotonic()))
+        if not readable:
+            return ""
+        piece = os.read(pipe, 1)
+        if not piece:
+            process.wait(STOP_TIMEOUT_SECONDS)
+            return ""
+        text += piece
+    return text.decode(errors="replace").strip()
+
+
+def _end(process: subprocess.Popen[bytes], timeout_seconds: float) -> int:
+    assert process.stdin is not None
+    assert process.stdout is not None
+    process.stdin.close()
+    try:
+        return process.wait(timeout_seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        return process.wait()
+    finally:
+        process.stdout.close()

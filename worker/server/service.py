@@ -1,0 +1,231 @@
+"""ParameterServerService over a shard: messages in, `Shard.receive`, messages out.
+
+One event loop runs everything, so the shard needs no lock and no request can be left waiting on a thread. A worker's
+stream is one task that writes answers and one that reads pushes; measured beside a server of threads, the round trip
+is the same.
+
+Rules: every call shows the job's token. A stream that ends before its worker has left ends the step for all workers,
+with a status that names it. A chunk's answer is serialized once for all workers.
+"""
+
+import asyncio
+import contextlib
+import hmac
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any, NamedTuple, TypeAlias
+
+import grpc
+from google.protobuf.message import DecodeError
+
+from protos import parameter_server_pb2 as pb
+from worker.server.shard import Conflict, Push, Refused, Shard
+from worker.wire import Float32, as_array, chunk_bounds, decode, encode
+
+SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
+GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
+WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
+DATA = pb.PullResponse.DATA_FIELD_NUMBER
+
+# A chunk and its head; the library's own limit is 4 MB.
+MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
+# Without this a second server on the same port would get half of the first one's connections.
+EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)
+TICK_SECONDS = 0.1
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class End(NamedTuple):
+    """How a stream ends."""
+
+    code: grpc.StatusCode
+    message: str
+
+
+def status_of(refusal: Refused) -> grpc.StatusCode:
+    """The gRPC status for a request that the shard refuses."""
+    if isinstance(refusal, Conflict):
+        return grpc.StatusCode.FAILED_PRECONDITION
+    return grpc.StatusCode.INVALID_ARGUMENT
+
+
+class ParameterServer:
+    """A gRPC server around one shard."""
+
+    def __init__(self, shard: Shard, token: str) -> None:
+        self._shard = shard
+        self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
+        self._server = grpc.aio.server(
+            interceptors=(_TokenCheck(token),), options=(MESSAGE_LIMIT, EXCLUSIVE_PORT)
+        )  # fmt: skip
+        self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
+        self._ticker: asyncio.Task[None] | None = None
+
+    async def start(self, listen: str) -> int:
+        """Listen on HOST:PORT (port 0: any free one) and return the port. Raises RuntimeError when it cannot."""
+        port = self._server.add_insecure_port(listen)
+        await self._server.start()
+        self._ticker = asyncio.create_task(self._tick())
+        return port
+
+    async def stop(self, grace_seconds: float = 1.0) -> None:
+        """Let calls under way finish within the grace, then cut them."""
+        if self._ticker is not None:
+            self._ticker.cancel()
+        self._end_all(End(grpc.StatusCode.UNAVAILABLE, "the parameter server is stopping"))
+        await self._server.stop(grace_seconds)
+
+    def _handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
+        return {
+            "Join": grpc.unary_unary_rpc_method_handler(
+                self._join, pb.JoinRequest.FromString, pb.JoinResponse.SerializeToString
+            ),
+            # No deserializer and no serializer: chunks pass as bytes, worker/wire.py reads and writes them.
+            "Exchange": grpc.stream_stream_rpc_method_handler(self._exchange),
+            "Pull": grpc.unary_stream_rpc_method_handler(self._pull, pb.PullRequest.FromString),
+            "Leave": grpc.unary_unary_rpc_method_handler(
+                self._leave, pb.LeaveRequest.FromString, pb.LeaveResponse.SerializeToString
+            ),
+        }
+
+    async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
+        shard = self._shard
+        try:
+            shard.join(request.worker, request.generation, request.parameter_count, request.layout_digest)
+        except Refused as refusal:
+            await context.abort(status_of(refusal), str(refusal))
+        setup = shard.setup
+        return pb.JoinResponse(
+            chunk_elements=setup.chunk_elements, step=shard.step, start=setup.start, stop=setup.stop
+        )  # fmt: skip
+
+    async def _leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
+        try:
+            self._shard.leave(request.worker, request.generation)
+        except Refused as refusal:
+            await context.abort(status_of(refusal), str(refusal))
+        self._spread_fault()
+        return pb.LeaveResponse()
+
+    async def _pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
+        shard = self._shard
+        version = step, applied = shard.version
+        if applied:
+            await context.abort(
+                grpc.StatusCode.FAILED_PRECONDITION,
+                f"step {step + 1} is half applied ({applied} chunks): pull between steps",
+            )
+        arrays: dict[str, Float32] = {"parameters": shard.parameters}
+        if request.state:
+            arrays |= {f"optimizer.{name}": array for name, array in shard.state.items()}
+        begin = shard.setup.start
+        for name, array in arrays.items():
+            for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
+                if shard.version != version:
+                    await context.abort(grpc.StatusCode.ABORTED, f"step {step + 1} began during the pull")
+                head = pb.PullResponse(name=name, offset=start, step=step)
+                yield encode(head, DATA, array[start - begin : stop - begin])
+
+    async def _exchange(self, _requests: AsyncIterator[bytes], context: Context) -> None:
+        answers: asyncio.Queue[bytes | End] = asyncio.Queue()
+        reader = asyncio.create_task(self._read(context, answers))
+        try:
+            while not isinstance(answer := await answers.get(), End):
+                await context.write(answer)
+            if answer.code is not grpc.StatusCode.OK:
+                await context.abort(answer.code, answer.message)
+        finally:
+            reader.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await reader
+
+    async def _read(self, context: Context, answers: "asyncio.Queue[bytes | End]") -> None:
+        """Feed a stream's pushes to the shard; tell it when the stream is over before its worker left."""
+        worker: int | None = None
+        why = "its stream ended"
+        try:
+            while (data := await context.read()) is not grpc.aio.EOF:  # type: ignore[attr-defined]
+                try:
+                    head, payload = decode(pb.ExchangeRequest, GRADIENT, data)
+                    if worker is None:
+                        worker = self._tie(head, answers)
+                    self._take(head, payload, worker)
+                except (Refused, DecodeError, ValueError) as refusal:
+                    why = f"its push was refused: {refusal}"
+                    code = status_of(refusal) if isinstance(refusal, Refused) else grpc.StatusCode.INVALID_ARGUMENT
+                    answers.put_nowait(End(code, str(refusal)))
+                    return
+        finally:
+            answers.put_nowait(End(grpc.StatusCode.OK, ""))
+            if worker is not None:
+                del self._streams[worker]
+                self._shard.lose(worker, why)
+                self._spread_fault()
+
+    def _tie(self, head: pb.ExchangeRequest, answers: "asyncio.Queue[bytes | End]") -> int:
+        """Make this the stream of the worker that its first message names."""
+        self._shard.check_member(head.worker, head.generation)
+        if head.worker in self._streams:
+            raise Conflict(f"worker {head.worker} has a stream already: two processes have the same number")
+        if self._shard.fault is not None:
+            raise Conflict(self._shard.fault)
+        self._streams[head.worker] = answers
+        return head.worker
+
+    def _take(self, head: pb.ExchangeRequest, payload: memoryview, worker: int) -> None:
+        if head.worker != worker:
+            raise Refused(f"worker {head.worker} pushed on the stream of worker {worker}")
+        if head.step == 0 and not payload:
+            self._streams[worker].put_nowait(pb.ExchangeResponse().SerializeToString())
+            return
+        gradient = as_array(payload)
+        push = Push(
+            head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
+            tuple(head.totals),
+        )  # fmt: skip
+        for answer in self._shard.receive(push, asyncio.get_running_loop().time()):
+            reply = pb.ExchangeResponse(step=answer.step, offset=answer.offset, totals=answer.totals)
+            data = encode(reply, WEIGHTS, answer.weights)
+            for waiting in answer.workers:
+                if waiting in self._streams:
+                    self._streams[waiting].put_nowait(data)
+
+    async def _tick(self) -> None:
+        """Show the shard the clock."""
+        while True:
+            await asyncio.sleep(TICK_SECONDS)
+            self._shard.expire(asyncio.get_running_loop().time())
+            self._spread_fault()
+
+    def _spread_fault(self) -> None:
+        if self._shard.fault is not None:
+            self._end_all(End(grpc.StatusCode.ABORTED, self._shard.fault))
+
+    def _end_all(self, end: End) -> None:
+        for answers in self._streams.values():
+            answers.put_nowait(end)
+
+
+class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Refuses every call that does not show the job's token."""
+
+    def __init__(self, token: str) -> None:
+        self._expected = f"Bearer {token}".encode()
+
+    async def intercept_service(
+        self,
+        continuation: "Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]]",
+        details: grpc.HandlerCallDetails,
+    ) -> "grpc.RpcMethodHandler[Any, Any]":
+        shown = dict(details.invocation_metadata or ()).get("authorization", "")
+        shown = shown.encode() if isinstance(shown, str) else shown
+        if hmac.compare_digest(shown, self._expected):
+            return await continuation(details)
+        return grpc.unary_unary_rpc_method_handler(_not_allowed)
+
+
+async def _not_allowed(_request: bytes, context: Context) -> bytes:
+    await context.abort(
+        grpc.StatusCode.UNAUTHENTICATED, "the job's token is missing or wrong: send `authorization: Bearer TOKEN`"
+    )
+    return b""

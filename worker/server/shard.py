@@ -1,0 +1,279 @@
+"""One shard of the parameter vector as a state machine: pushes and the clock go in, answers come out.
+
+A chunk waits until its mode says that enough workers have pushed it. Then the workers' sums are added in worker order,
+divided by the samples of the whole batch, and the optimizer runs on that chunk alone; its weights go back at once,
+while later chunks are still on their way. So push, update and pull overlap.
+
+Rules: no I/O, no thread, no clock; `now` is an argument. What is refused raises and changes nothing. The result does
+not depend on the order of arrival, to the last bit. Once `fault` says why the job cannot go on, nothing is applied.
+"""
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from worker.wire import CHUNK_ELEMENTS, Float32, chunk_bounds
+
+if TYPE_CHECKING:
+    from worker.optimizers import Optimizer
+
+
+class Mode(NamedTuple):
+    """What tells one kind of parameter-server training from another."""
+
+    complete: Callable[[int, int], bool]  # (workers whose push is held, workers of the job): apply the chunk now?
+
+
+MODES: dict[str, Mode] = {
+    "synchronous": Mode(complete=lambda held, workers: held == workers),
+}
+
+
+@dataclass(frozen=True)
+class ShardSetup:
+    """What does not change while a shard lives."""
+
+    parameter_count: int  # of the whole model
+    layout_digest: str
+    workers: int
+    generation: int = 1
+    mode: str = "synchronous"
+    start: int = 0  # the shard holds elements start to stop - 1 of the flat vector
+    stop: int = -1  # -1: to the end
+    decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
+    chunk_elements: int = CHUNK_ELEMENTS
+    step_timeout_seconds: float = 60.0  # from a step's first push to its last
+
+    def __post_init__(self) -> None:
+        if self.stop == -1:
+            object.__setattr__(self, "stop", self.parameter_count)
+
+
+class Push(NamedTuple):
+    """One worker's part of one chunk's gradient."""
+
+    worker: int
+    generation: int
+    step: int  # from 1
+    offset: int  # in the flat vector
+    samples: int  # of the whole batch
+    learning_rate: float
+    gradient: Float32  # sum over this worker's samples; kept until the chunk is applied, never written
+    totals: tuple[float, ...] = ()  # on the chunk at the shard's start only
+
+
+class Answer(NamedTuple):
+    """A chunk's weights for the workers that wait for them."""
+
+    workers: tuple[int, ...]
+    step: int
+    offset: int
+    weights: Float32  # a view: send or copy it before the next push
+    totals: tuple[float, ...]  # over all workers; on the chunk at the shard's start only
+
+
+class Refused(Exception):
+    """The request is wrong in itself; the shard is as it was before."""
+
+
+class Conflict(Refused):
+    """The request does not fit the shard's model, generation or step; the shard is as it was before."""
+
+
+class _Chunk:
+    """A chunk's views of the shard's arrays, and what it waits for."""
+
+    def __init__(
+        self, bounds: tuple[int, int], shard_start: int, parameters: Float32, state: Mapping[str, Float32],
+        decayed: Sequence[tuple[int, int]], step: int,
+    ) -> None:  # fmt: skip
+        start, stop = bounds
+        here = slice(start - shard_start, stop - shard_start)
+        self.offset = start
+        self.parameters = parameters[here]
+        self.state = {name: array[here] for name, array in state.items()}
+        # Weight decay's ranges, cut to this chunk and counted from its first element.
+        self.decayed = tuple(
+            (max(first, start) - start, min(last, stop) - start)
+            for first, last in decayed
+            if max(first, start) < min(last, stop)
+        )
+        self.step = step
+        self.held: dict[int, Push] = {}
+
+
+class Shard:
+    """Parameters, optimizer state and the step under way."""
+
+    def __init__(
+        self,
+        setup: ShardSetup,
+        optimizer: "Optimizer",
+        parameters: Float32,
+        state: Mapping[str, Float32],
+        step: int = 0,
+    ) -> None:
+        """Take over `parameters` and `state` (1-D, length stop - start), which hold the result of `step` steps."""
+        self.setup = setup
+        self.step = step  # applied to every chunk
+        self.fault: str | None = None
+        self.parameters = parameters
+        self.state = dict(state)
+        self._optimizer = optimizer
+        self._mode = MODES[setup.mode]
+        bounds = chunk_bounds(setup.start, setup.stop, setup.chunk_elements)
+        self._chunks = {
+            start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step) for start, stop in bounds
+        }
+        self._sum = np.empty(min(setup.chunk_elements, len(parameters)), np.float32)
+        self._joined: set[int] = set()
+        self._left: dict[int, int] = {}  # worker -> the last step before it left
+        self._terms: Push | None = None  # the open step's first push: all others must agree with it
+        self._opened = 0.0
+        self._totals: tuple[float, ...] = ()
+
+    @property
+    def version(self) -> tuple[int, int]:
+        """Steps applied, and chunks of the step under way that are applied."""
+        return self.step, sum(chunk.step > self.step for chunk in self._chunks.values())
+
+    def join(self, worker: int, generation: int, parameter_count: int, layout_digest: str) -> None:
+        """Admit a worker of the same launch and the same model; joining twice is joining once."""
+        self.check_member(worker, generation)
+        if (parameter_count, layout_digest) != (self.setup.parameter_count, self.setup.layout_digest):
+            raise Conflict(
+                f"worker {worker} has a model of {parameter_count} parameters and layout {layout_digest[:12]}, the "
+                f"parameter server one of {self.setup.parameter_count} and {self.setup.layout_digest[:12]}: "
+                "start every worker with the same job file"
+            )
+        self._joined.add(worker)
+
+    def leave(self, worker: int, generation: int) -> None:
+        """A worker is done; a step that still needs it cannot be completed."""
+        self.check_member(worker, generation)
+        self._left[worker] = self.step
+        if any(chunk.held and worker not in chunk.held for chunk in self._chunks.values()):
+            self.fault = self.fault or self._parted(worker)
+
+    def lose(self, worker: int, why: str) -> None:
+        """A worker is gone without a word; nothing to mourn if it had left."""
+        if worker not in self._left:
+            self.fault = self.fault or f"{self._name(worker)} is gone at step {self.step + 1}: {why}"
+
+    def expire(self, now: float) -> None:
+        """Give up a step that waits longer than `step_timeout_seconds`, naming whom it waits for."""
+        if self._terms is None or now - self._opened <= self.setup.step_timeout_seconds:
+            return
+        waiting = [chunk for chunk in self._chunks.values() if chunk.step == self.step]
+        late = [w for w in range(self.setup.workers) if any(w not in chunk.held for chunk in waiting)]
+        self.fault = self.fault or (
+            f"step {self.step + 1} waited {now - self._opened:.1f} s for the gradient of "
+            + " and ".join(self._name(worker) for worker in late)
+        )
+
+    def receive(self, push: Push, now: float) -> list[Answer]:
+        """Take one push; answer whoever's wait it ends. A push seen before is applied once and answered again."""
+        chunk = self._check(push)
+        if chunk.step == push.step:
+            return [self._answer(chunk, (push.worker,))]
+        if push.worker in chunk.held:
+            return []
+        if self._terms is None:
+            self._terms, self._opened = push, now
+        chunk.held[push.worker] = push
+        if not self._mode.complete(len(chunk.held), self.setup.workers):
+            return []
+        workers = tuple(sorted(chunk.held))
+        self._apply(chunk, push)
+        return [self._answer(chunk, workers)]
+
+    def check_member(self, worker: int, generation: int) -> None:
+        """Refuse a worker of another launch, or a number that no worker of this launch has."""
+        if generation != self.setup.generation:
+            age = "an earlier" if generation < self.setup.generation else "a later"
+            raise Conflict(
+                f"worker {worker} is of {age} launch: generation {generation}, "
+                f"the parameter server's is {self.setup.generation}"
+            )
+        if not 0 <= worker < self.setup.workers:
+            raise Refused(f"worker {worker} does not exist: there are {self.setup.workers}, counted from 0")
+
+    def _check(self, push: Push) -> _Chunk:
+        """The push's chunk, or the reason why the push is refused."""
+        self.check_member(push.worker, push.generation)
+        if self.fault is not None:
+            raise Conflict(self.fault)
+        where = f"{self._name(push.worker)}, step {push.step}, offset {push.offset}"
+        if push.worker not in self._joined:
+            raise Conflict(f"{where}: it has not joined")
+        chunk = self._chunks.get(push.offset)
+        if chunk is None:
+            raise Refused(
+                f"{where}: no chunk begins there; they begin at {self.setup.start} and every "
+                f"{self.setup.chunk_elements} elements up to {self.setup.stop}"
+            )
+        if len(push.gradient) != len(chunk.parameters):
+            raise Refused(f"{where}: {len(push.gradient)} elements, the chunk has {len(chunk.parameters)}")
+        if push.step not in (chunk.step, self.step + 1) or push.step == 0:
+            raise Conflict(f"{where}: the shard is at step {self.step + 1}")
+        if chunk.step == push.step:
+            return chunk
+        if push.samples < 1:
+            raise Refused(f"{where}: {push.samples} samples in the batch, at least 1 is needed")
+        if not (math.isfinite(push.learning_rate) and push.learning_rate >= 0):
+            raise Refused(f"{where}: learning rate {push.learning_rate} is not a finite number of at least 0")
+        self._check_agreement(push, where)
+        if not np.isfinite(push.gradient).all():
+            element = push.offset + int(np.argmin(np.isfinite(push.gradient)))
+            raise Refused(f"{where}: the gradient is not finite at element {element}: lower the learning rate")
+        for worker in self._left:
+            raise Conflict(f"{where}: {self._parted(worker)}")
+        return chunk
+
+    def _check_agreement(self, push: Push, where: str) -> None:
+        """Every push of a step states the same batch and rate, and as many totals."""
+        if push.totals and push.offset != self.setup.start:
+            raise Refused(f"{where}: totals ride on the chunk at {self.setup.start} only")
+        if self._terms is None:
+            return
+        first = self._terms
+        for name, given, agreed in (
+            ("samples", push.samples, first.samples),
+            ("learning rate", push.learning_rate, first.learning_rate),
+        ):
+            if given != agreed:
+                raise Refused(f"{where}: {name} {given}, but {self._name(first.worker)} said {agreed}")
+        for other in self._chunks[push.offset].held.values():
+            if len(other.totals) != len(push.totals):
+                raise Refused(
+                    f"{where}: {len(push.totals)} totals, but {self._name(other.worker)} sent {len(other.totals)}"
+                )
+
+    def _apply(self, chunk: _Chunk, push: Push) -> None:
+        """Sum in worker order, divide by the batch, run the optimizer on this chunk."""
+        pushes = [chunk.held[worker] for worker in sorted(chunk.held)]
+        mean = self._sum[: len(chunk.parameters)]
+        np.copyto(mean, pushes[0].gradient)
+        for other in pushes[1:]:
+            np.add(mean, other.gradient, out=mean)
+        np.divide(mean, np.float32(push.samples), out=mean)
+        self._optimizer.update(chunk.parameters, mean, chunk.state, push.step, push.learning_rate, chunk.decayed)
+        if chunk.offset == self.setup.start:
+            self._totals = tuple(math.fsum(column) for column in zip(*(p.totals for p in pushes), strict=True))
+        chunk.held.clear()
+        chunk.step = push.step
+        if all(other.step == push.step for other in self._chunks.values()):
+            self.step, self._terms = push.step, None
+
+    def _answer(self, chunk: _Chunk, workers: tuple[int, ...]) -> Answer:
+        totals = self._totals if chunk.offset == self.setup.start else ()
+        return Answer(workers, chunk.step, chunk.offset, chunk.parameters, totals)
+
+    def _name(self, worker: int) -> str:
+        return f"worker {worker} of {self.setup.workers}"
+
+    def _parted(self, worker: int) -> str:
+        return f"{self._name(worker)} left after step {self._left[worker]}, the others went on to the next"

@@ -1,0 +1,107 @@
+"""Arrays to gRPC messages and back, a chunk at a time.
+
+A chunk on the wire is an ordinary protobuf message that any client can read or write, but the array's bytes do not
+pass through the protobuf library: it would copy them three times each way. They are joined behind the serialized head
+with one copy, and read where they lie with none.
+
+Rules: the array is the message's last field and little-endian float32. Nothing here knows what a message means.
+"""
+
+from collections.abc import Iterator
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+from numpy.typing import NDArray
+
+Float32 = NDArray[np.float32]
+
+FLOAT32 = np.dtype("<f4")
+# 1 MiB: large enough that a message's fixed cost vanishes, small enough that push, update and pull overlap.
+CHUNK_ELEMENTS = 1 << 18
+
+_LENGTH_DELIMITED = 2
+_PADDING_FIELD = 14
+_ALIGNMENT = 4  # NumPy reads an array that is not aligned to its elements at a third of the speed
+
+
+M = TypeVar("M", bound=Message)
+
+
+def chunk_bounds(start: int, stop: int, chunk_elements: int) -> Iterator[tuple[int, int]]:
+    """Yield the (start, stop) of each chunk of the elements start to stop - 1; the last may be shorter."""
+    for first in range(start, stop, chunk_elements):
+        yield first, min(first + chunk_elements, stop)
+
+
+def encode(head: Message, field: int, array: Float32) -> bytes:
+    """Serialize `head` with `array` (1-D, contiguous) as its bytes field number `field`."""
+    packed = head.SerializeToString()
+    prefix = _key(field) + _varint(array.nbytes)
+    gap = -(len(packed) + len(prefix)) % _ALIGNMENT
+    if gap:
+        # A padding field takes two bytes at least, for its key and its length.
+        spare = gap - 2 if gap >= 2 else gap + _ALIGNMENT - 2
+        packed += _key(_PADDING_FIELD) + _varint(spare) + bytes(spare)
+    return b"".join((packed, prefix, array.astype(FLOAT32, copy=False).data))
+
+
+def decode(kind: type[M], field: int, data: bytes) -> tuple[M, memoryview]:
+    """Split a serialized `kind` into its head and the bytes of field number `field`, which stay where they are.
+
+    Raises DecodeError where `data` is not such a message.
+    """
+    wanted = field << 3 | _LENGTH_DELIMITED
+    position = 0
+    while position < len(data):
+        first = position
+        key, position = _read_varint(data, position)
+        match key & 7:
+            case 0:
+                _, position = _read_varint(data, position)
+            case 1:
+                position += 8
+            case 2:
+                length, position = _read_varint(data, position)
+                if key == wanted:
+                    if position + length > len(data):
+                        raise DecodeError(f"field {field} says {length} bytes, {len(data) - position} follow")
+                    head = kind.FromString(data[:first] + data[position + length :])
+                    return head, memoryview(data)[position : position + length]
+                position += length
+            case 5:
+                position += 4
+            case kind_of_field:
+                raise DecodeError(f"byte {first} begins a field of unknown wire type {kind_of_field}")
+    return kind.FromString(data), memoryview(b"")
+
+
+def as_array(payload: memoryview) -> Float32:
+    """The payload as float32 elements, not copied and read-only. Raises ValueError on a broken last element."""
+    return np.frombuffer(payload, dtype=FLOAT32)
+
+
+def _key(field: int) -> bytes:
+    return _varint(field << 3 | _LENGTH_DELIMITED)
+
+
+def _varint(value: int) -> bytes:
+    out = bytearray()
+    while value > 127:
+        out.append(value & 127 | 128)
+        value >>= 7
+    out.append(value)
+    return bytes(out)
+
+
+def _read_varint(data: bytes, position: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        if position >= len(data) or shift > 63:
+            raise DecodeError(f"byte {position}: the message ends inside a number")
+        byte = data[position]
+        position += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, position
+        shift += 7
