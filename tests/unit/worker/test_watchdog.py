@@ -1,0 +1,29 @@
+"""A rank that makes no progress is ended and says what it was doing."""
+
+import threading
+
+from worker.watchdog import Watchdog
+
+
+def test_an_activity_that_takes_too_long_is_named() -> None:
+    stalled = threading.Event()
+    sentences: list[str] = []
+
+    def on_stall(sentence: str) -> None:
+        sentences.append(sentence)
+        stalled.set()
+
+    watchdog = Watchdog(0.1, on_stall)
+    watchdog.doing("in step 7 (epoch 1)")
+    assert stalled.wait(timeout=10)
+    watchdog.stop()
+    assert "in step 7 (epoch 1)" in sentences[0]
+    assert "limits.stall_seconds (0.1)" in sentences[0]
+
+
+def test_a_watchdog_that_was_stopped_says_nothing() -> None:
+    sentences: list[str] = []
+    watchdog = Watchdog(0.2, sentences.append)
+    watchdog.stop()
+    assert not threading.Event().wait(0.4)
+    assert sentences == []

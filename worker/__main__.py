@@ -1,0 +1,163 @@
+"""`paceline-worker`: what mpirun starts. Reads its settings once, builds the parts, runs one verb.
+
+Rules: whatever goes wrong ends with a line `error: ...` on standard error and a code of protos/exit_codes.py. A fault
+one rank alone knows of aborts all ranks at once; nobody is left waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from pathlib import Path
+from typing import NoReturn
+
+from protos.exit_codes import ExitCode
+from worker import processes
+from worker.errors import Fault, UsageFault
+
+DEBUG = "PACELINE_DEBUG"
+
+
+class Parser(argparse.ArgumentParser):
+    """Argparse that words its errors as the rest of Paceline does."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageFault(f"{message}; see `{self.prog} --help`")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line, verb by verb."""
+    parser = Parser(prog="paceline-worker", description="Train and use models; started by mpirun or by paceline.")
+    verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=Parser)
+
+    verb = verbs.add_parser("train", help="train a job on the ranks mpirun has started")
+    verb.add_argument("job", type=Path, metavar="JOB.yaml")
+    verb.add_argument("-o", "--output", type=Path, required=True, metavar="DIR", help="the output folder")
+    verb.add_argument("--resume", action="store_true", help="go on from the newest checkpoint in the output folder")
+    verb.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
+                      help="override a field of the job file, such as training.epochs=5")  # fmt: skip
+    verb.add_argument("--log-dir", type=Path, metavar="DIR", help="send each rank's output to DIR/rank-N.log")
+
+    verb = verbs.add_parser("evaluate", help="loss and accuracy of a finished run on a job's validation data")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("job", type=Path, metavar="JOB.yaml")
+    verb.add_argument("--format", choices=("text", "json"), default="text")
+
+    verb = verbs.add_parser("predict", help="what a finished run says to new samples, as CSV")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("input", type=Path, metavar="INPUT", help="features: .npy, .npz (array x), .csv, or idx")
+    verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
+
+    verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
+    verb.add_argument("start", type=Path, metavar="CHECKPOINT")
+    verb.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
+    return parser
+
+
+def main() -> None:
+    """Run the program and exit with its code."""
+    arguments = argparse.Namespace(verb="", log_dir=None)
+    try:
+        arguments = make_parser().parse_args()
+        code = run_verb(arguments)
+    except Fault as fault:
+        code = fail(str(fault), int(fault.exit_code))
+    except KeyboardInterrupt:
+        code = fail("interrupted", ExitCode.FAILED)
+    except BrokenPipeError:
+        os.dup2(
+            os.open(os.devnull, os.O_WRONLY), 1
+        )  # the reader left, as `head` does; Python flushes once more at exit
+        code = ExitCode.FAILED
+    sys.stdout.flush()
+    sys.exit(code)
+
+
+def run_verb(arguments: argparse.Namespace) -> int:
+    """Carry out one verb; its modules are loaded only now."""
+    if arguments.verb == "train":
+        return train(arguments)
+    processes.set_blas_threads(os.environ, len(os.sched_getaffinity(0)))
+    if arguments.verb == "evaluate":
+        from worker.use import evaluate_folder
+
+        evaluate_folder(arguments.folder, arguments.job, as_json=arguments.format == "json")
+    elif arguments.verb == "predict":
+        from worker.use import predict_file
+
+        predict_file(arguments.folder, arguments.input, arguments.output)
+    else:
+        from worker.server.process import serve_parameters
+
+        return serve_parameters(arguments.start, arguments.listen)
+    return ExitCode.DONE
+
+
+def train(arguments: argparse.Namespace) -> int:
+    """Join the other ranks and train."""
+    rank = processes.rank_before_mpi(os.environ)
+    if arguments.log_dir is not None:
+        processes.redirect_output(arguments.log_dir, rank)
+    processes.die_with_parent(os.environ)
+    processes.set_blas_threads(os.environ, os.cpu_count() or 1)
+
+    from protos.job_file import JobFileInvalid, read_job_file
+
+    try:
+        job = read_job_file(arguments.job, arguments.settings)
+    except JobFileInvalid as invalid:
+        # Every rank reads the same file and finds the same faults: one of them is enough to say so.
+        if rank == 0:
+            for violation in str(invalid).splitlines():
+                print(f"error: {violation}", file=sys.stderr)
+        return ExitCode.USAGE
+
+    from worker.run import run_job
+    from worker.sync.world import AgreedFault, World
+    from worker.watchdog import Watchdog
+
+    world = World()
+    place = f"rank {world.rank} of {world.size} on {world.host}: " if world.size > 1 else ""
+
+    def say(line: str) -> None:
+        if world.rank == 0:
+            print(line, flush=True)
+
+    def stalled(sentence: str) -> None:
+        fail(place + sentence, ExitCode.FAILED)
+        os._exit(ExitCode.FAILED)  # the main thread is blocked inside MPI; leaving makes the launcher end the others
+
+    watchdog = Watchdog(job.limits.stall_seconds, stalled)
+    try:
+        run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)
+    except AgreedFault as fault:
+        if world.rank == 0:
+            fail(str(fault), fault.exit_code)
+        return fault.exit_code
+    except (Fault, KeyboardInterrupt) as fault:
+        fail(place + (str(fault) or "interrupted"), ExitCode.FAILED)
+        world.abort(ExitCode.FAILED)
+    except BaseException as error:
+        # Whatever else happens to one rank must end all of them, or the others wait for ever.
+        if arguments.log_dir is not None or DEBUG in os.environ:
+            traceback.print_exc()
+        kind = type(error).__name__
+        fail(
+            f"{place}internal error: {kind}: {error}; set {DEBUG}=1 to see where, and please report it", ExitCode.FAILED
+        )
+        world.abort(ExitCode.FAILED)
+    finally:
+        watchdog.stop()
+    return ExitCode.DONE
+
+
+def fail(message: str, code: int) -> int:
+    """Print the one line a person gets, and hand the exit code on."""
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    return code
+
+
+if __name__ == "__main__":
+    main()

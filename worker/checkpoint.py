@@ -1,0 +1,155 @@
+"""Resumable state of a run: weights, optimizer state and where in the data it stands, one safetensors file each.
+
+Rules: a checkpoint is complete or absent (temporary file, fsync, rename, fsync of the folder). State is stored over
+the whole flat vector and never by rank, so any number of ranks can take it up. Nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from worker.errors import CheckpointFault
+
+FILE_NAME = re.compile(r"step-(\d{9})\.safetensors")
+PARAMETERS = "parameters"
+STATE_PREFIX = "optimizer."
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A point at a step boundary from which training goes on as if it had never stopped."""
+
+    step: int  # steps done
+    epoch: int  # epochs done
+    samples: int  # samples trained on
+    layout_digest: str
+    decayed: list[tuple[int, int]]  # ranges of the flat vector that weight decay applies to
+    parameters: np.ndarray  # (parameter_count,) float32
+    state: dict[str, np.ndarray]  # optimizer arrays of the same length; empty at step 0
+
+
+def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
+    """Write one file atomically.
+
+    Raises:
+        CheckpointFault: the disk refused; nothing is left under `path`.
+    """
+    from safetensors.numpy import save
+
+    tensors = {PARAMETERS: checkpoint.parameters}
+    tensors |= {STATE_PREFIX + name: array for name, array in checkpoint.state.items()}
+    metadata = {
+        "step": str(checkpoint.step),
+        "epoch": str(checkpoint.epoch),
+        "samples": str(checkpoint.samples),
+        "layout_digest": checkpoint.layout_digest,
+        "decayed": json.dumps(checkpoint.decayed),
+    }
+    write_atomically(path, save(tensors, metadata))
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Put `data` at `path` so that a reader sees the old file or the whole new one, even across a power cut.
+
+    Raises:
+        CheckpointFault: the disk refused.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.rename(path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise CheckpointFault(
+            f"{path}: cannot be written: {error.strerror}; free some space or name another -o"
+        ) from error
+
+
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Read one file.
+
+    Raises:
+        CheckpointFault: it is not there, damaged, or not a checkpoint.
+    """
+    tensors, metadata = read_safetensors(path)
+    try:
+        parameters = tensors.pop(PARAMETERS)
+        return Checkpoint(
+            step=int(metadata["step"]),
+            epoch=int(metadata["epoch"]),
+            samples=int(metadata["samples"]),
+            layout_digest=metadata["layout_digest"],
+            decayed=[(int(start), int(stop)) for start, stop in json.loads(metadata["decayed"])],
+            parameters=parameters,
+            state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
+        )
+    except (KeyError, ValueError) as error:
+        raise CheckpointFault(f"{path}: is not a checkpoint of Paceline: {error}") from error
+
+
+def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """All arrays and the metadata of a safetensors file.
+
+    Raises:
+        CheckpointFault: it is not there or damaged.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, dict(file.metadata() or {})  # noqa: SIM118  # not a dict
+    except FileNotFoundError as error:
+        raise CheckpointFault(f"{path}: is not there; name the output folder of a finished run") from error
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointFault(f"{path}: is damaged: {error}") from error
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    """Where the checkpoint after `step` lies."""
+    return folder / f"step-{step:09d}.safetensors"
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """The checkpoints of a run, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if FILE_NAME.fullmatch(path.name))
+
+
+def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
+    """The newest one that can be read; each damaged one on the way is named through `say`.
+
+    Raises:
+        CheckpointFault: there is none.
+    """
+    paths = list_checkpoints(folder)
+    for path in reversed(paths):
+        try:
+            return read_checkpoint(path)
+        except CheckpointFault as fault:
+            say(f"skipped a checkpoint: {fault}")
+    raise CheckpointFault(
+        f"{folder}: holds no checkpoint that can be read ({len(paths)} damaged); start anew without --resume"
+    )
+
+
+def prune_checkpoints(folder: Path, keep: int) -> None:
+    """Remove all but the newest `keep`."""
+    for path in list_checkpoints(folder)[:-keep]:
+        path.unlink(missing_ok=True)

@@ -1,0 +1,116 @@
+"""Rank 0's line to the coordinator: reports leave in the background and never hold up a step.
+
+The coordinator may be away for a while: reports wait and are sent again. What can't be delivered by the end stays in
+metrics.jsonl all the same, and the log says how much it was.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from protos import environment
+
+Item = tuple[dict[str, Any], list[dict[str, Any]]]
+CALL_SECONDS = 5.0  # deadline of one call
+RETRY_SECONDS = 0.5
+CLOSE_SECONDS = 10.0  # how long the end of a job waits for the last reports to leave
+
+
+class CoordinatorClient:
+    """Sends reports of one job attempt.
+
+    Args:
+        address: host:port of the CoordinatorService.
+        token: the job's own, shown on every call.
+    """
+
+    def __init__(self, address: str, job_id: str, attempt: int, token: str) -> None:
+        self._address = address
+        self._job_id = job_id
+        self._attempt = attempt
+        self._metadata = (("authorization", f"Bearer {token}"),)
+        self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
+        self._thread.start()
+
+    def send(self, report: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
+        """Queue one report; returns at once."""
+        self._queue.put((report, ranks))
+
+    def close(self) -> None:
+        """Wait, at most CLOSE_SECONDS, until what was queued has been delivered."""
+        self._closing.set()
+        self._queue.put(None)
+        self._thread.join(timeout=CLOSE_SECONDS)
+        if self._thread.is_alive():
+            print(
+                f"the coordinator at {self._address} did not take the last reports in {CLOSE_SECONDS:g} s", flush=True
+            )
+
+    def _run(self) -> None:
+        import grpc
+
+        from protos import coordinator_pb2_grpc
+
+        with grpc.insecure_channel(self._address) as channel:
+            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+            ended = False
+            while not ended:
+                batch, ended = self._next_batch()
+                if batch:
+                    ended |= not self._deliver(stub, batch)
+
+    def _next_batch(self) -> tuple[list[Item], bool]:
+        """Everything that waits, at least one; and whether it is the last."""
+        batch: list[Item] = []
+        item = self._queue.get()
+        while item is not None:
+            batch.append(item)
+            try:
+                item = self._queue.get_nowait()
+            except queue.Empty:
+                return batch, False
+        return batch, True
+
+    def _deliver(self, stub: Any, batch: list[Item]) -> bool:
+        """Try until the coordinator has answered; False when it never will."""
+        import grpc
+
+        from protos import coordinator_pb2, job_pb2
+
+        request = coordinator_pb2.ReportProgressRequest(
+            job_id=self._job_id,
+            attempt=self._attempt,
+            reports=[job_pb2.Report(**report) for report, _ in batch],
+            ranks=[coordinator_pb2.RankReport(**rank) for rank in batch[-1][1]],
+        )
+        tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
+        while tries_after_closing > 0:
+            try:
+                stub.ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
+                return True
+            except grpc.RpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    print(f"the coordinator refused a report: {error.details()}", file=sys.stderr, flush=True)
+                    return False
+            if self._closing.wait(RETRY_SECONDS):
+                tries_after_closing -= 1
+        return False
+
+
+def connect(settings: Mapping[str, str]) -> CoordinatorClient | None:
+    """The client the environment asks for, or None when no coordinator launched this job."""
+    address = settings.get(environment.COORDINATOR_ADDRESS)
+    if not address:
+        return None
+    return CoordinatorClient(
+        address,
+        settings[environment.JOB_ID],
+        int(settings[environment.JOB_ATTEMPT]),
+        settings[environment.JOB_TOKEN],
+    )

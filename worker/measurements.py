@@ -1,0 +1,131 @@
+"""Counting for the training loop: sums since the last report, time by phase, the steady rate, a report's line."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Any
+
+from worker.sync.statistics import ExchangeStatistics
+
+PHASES = ("data", "forward", "backward", "exchange", "update")
+
+
+@dataclass(frozen=True)
+class Position:
+    """How far a run has come: steps, epochs and samples done."""
+
+    step: int = 0
+    epoch: int = 0
+    samples: int = 0
+
+
+class Meter:
+    """Loss, right labels and samples of the global batches since it was made, and this rank's seconds by phase."""
+
+    def __init__(self) -> None:
+        self.began = perf_counter()
+        self.phase_seconds = dict.fromkeys(PHASES, 0.0)
+        self._loss = 0.0
+        self._correct = 0.0
+        self._samples = 0
+        self._lap = self.began
+
+    def start_step(self) -> None:
+        """A step begins now."""
+        self._lap = perf_counter()
+
+    def lap(self, phase: str) -> None:
+        """What was done since the last lap was `phase`."""
+        now = perf_counter()
+        self.phase_seconds[phase] += now - self._lap
+        self._lap = now
+
+    def lap_exchange(self, update_seconds: float) -> None:
+        """What was done since the last lap was the exchange, of which so much was the optimizer's."""
+        self.lap("exchange")
+        self.phase_seconds["exchange"] -= update_seconds
+        self.phase_seconds["update"] += update_seconds
+
+    def add(self, loss: float, correct: float, samples: int) -> None:
+        """Count one global batch."""
+        self._loss += loss
+        self._correct += correct
+        self._samples += samples
+
+    def mean_loss(self) -> float | None:
+        """Over the samples; None before the first."""
+        return self._loss / self._samples if self._samples else None
+
+    def accuracy(self) -> float | None:
+        """Share of right labels; None where that has no meaning."""
+        return finite_or_none(self._correct / self._samples) if self._samples else None
+
+    def samples_per_second(self) -> float:
+        """Over the time spent in steps."""
+        seconds = sum(self.phase_seconds.values())
+        return self._samples / seconds if seconds > 0 else 0.0
+
+
+class SteadyRate:
+    """Samples a second over the steps after the warm-up; evaluation, reports and checkpoints are left out."""
+
+    def __init__(self, warm_up_steps: int) -> None:
+        self._warm_up_steps = warm_up_steps
+        self._steps = 0
+        self._samples = 0
+        self._seconds = 0.0
+        self._since = perf_counter()
+
+    def step(self, samples: int) -> None:
+        """A step of so many samples has ended."""
+        now = perf_counter()
+        if self._steps == self._warm_up_steps:
+            self._samples, self._seconds = 0, 0.0
+        self._steps += 1
+        self._samples += samples
+        self._seconds += now - self._since
+        self._since = now
+
+    def pause(self) -> None:
+        """What happened since the last step does not count."""
+        self._since = perf_counter()
+
+    def samples_per_second(self) -> float:
+        """The rate so far; of all steps when there were no more than the warm-up."""
+        return self._samples / self._seconds if self._seconds > 0 else 0.0
+
+
+def make_report(
+    position: Position, total_steps: int, meter: Meter, learning_rate: float, wall_seconds: float
+) -> dict[str, Any]:
+    """One line of metrics.jsonl; names as in the contract. What does not apply is None."""
+    return {
+        "step": position.step,
+        "total_steps": total_steps,
+        "epoch": position.epoch,
+        "samples": position.samples,
+        "loss": meter.mean_loss(),
+        "accuracy": meter.accuracy(),
+        "learning_rate": learning_rate,
+        "samples_per_second": meter.samples_per_second(),
+        "wall_seconds": wall_seconds,
+        "phase_seconds": dict(meter.phase_seconds),
+    }
+
+
+def rank_report(rank: int, host: str, statistics: ExchangeStatistics) -> dict[str, Any]:
+    """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
+    return {
+        "rank": rank,
+        "host": host,
+        "exchange_wait_seconds": statistics.wait_seconds,
+        "sent_bytes": statistics.sent_bytes,
+        "received_bytes": statistics.received_bytes,
+    }
+
+
+def finite_or_none(value: float) -> float | None:
+    """JSON has no nan: what has no meaning is left out."""
+    return value if math.isfinite(value) else None

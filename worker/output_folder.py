@@ -1,0 +1,112 @@
+"""The folder a run leaves: which files it holds, when it may be written, and how a run is taken up again in it.
+
+Rules: nothing is made before the job is known to fit together. A folder that holds a run is not written to, unless it
+is to be resumed; then the job may differ only in what does not change the mathematics done so far.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
+
+from protos import job_pb2
+from worker import model_file
+from worker.checkpoint import list_checkpoints, write_atomically
+from worker.errors import OutputFault
+
+JOB = "job.yaml"
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+CHECKPOINTS = "checkpoints"
+CONTENTS = (JOB, METRICS, SUMMARY, CHECKPOINTS, model_file.FILE_NAME)
+
+# A resumed job may name other values for these; everything else decides what the weights become.
+MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": ("epochs", "keep_checkpoints")}
+
+
+def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
+    """Make the folder and write the resolved job into it.
+
+    Raises:
+        OutputFault: it already holds a run, or cannot be made.
+    """
+    held = [name for name in CONTENTS if (folder / name).exists()]
+    if held:
+        raise OutputFault(
+            f"{folder}: already holds a run ({', '.join(held)}); "
+            "go on with it by --resume, or name another folder with -o"
+        )
+    try:
+        (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputFault(f"{folder}: cannot be made: {error.strerror}; name another folder with -o") from error
+    write_atomically(folder / JOB, to_yaml(job).encode())
+
+
+def open_again(folder: Path, job: job_pb2.JobSpec) -> None:
+    """Check that `job` goes on with the run in the folder, and write it there.
+
+    Raises:
+        OutputFault: there is no run, or it was another job; names the first difference.
+    """
+    try:
+        before = parse_job((folder / JOB).read_text())
+    except FileNotFoundError as error:
+        raise OutputFault(f"{folder}: holds no run to resume; leave --resume out to start one") from error
+    except (JobFileInvalid, UnicodeDecodeError) as error:
+        raise OutputFault(f"{folder / JOB}: is damaged and says no longer which job this was: {error}") from error
+    difference = first_difference(_fixed_part(to_dict(before)), _fixed_part(to_dict(job)))
+    if difference:
+        raise OutputFault(f"{folder}: was another job: {difference}; resume with the same job or name another -o")
+    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    write_atomically(folder / JOB, to_yaml(job).encode())
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether training got far enough to leave one."""
+    return bool(list_checkpoints(folder / CHECKPOINTS))
+
+
+def cut_metrics(folder: Path, last_step: int) -> None:
+    """Drop the lines of steps that will be done again after a resume."""
+    path = folder / METRICS
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= last_step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            break  # the line that was being written when the run was killed; nothing follows it
+    write_atomically(path, "".join(kept).encode())
+
+
+def first_difference(before: Any, now: Any, path: str = "") -> str:
+    """Where two resolved jobs part, such as `training.seed was 1 and is 2`; empty where they agree."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        for key in sorted(before.keys() | now.keys()):
+            found = first_difference(before.get(key), now.get(key), f"{path}.{key}" if path else str(key))
+            if found:
+                return found
+        return ""
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        for index, (one, other) in enumerate(zip(before, now, strict=True)):
+            found = first_difference(one, other, f"{path}[{index}]")
+            if found:
+                return found
+        return ""
+    return "" if before == now else f"{path} was {before} and is {now}"
+
+
+def _fixed_part(job: dict[str, Any]) -> dict[str, Any]:
+    fixed = dict(job)
+    for name, inner in MAY_CHANGE.items():
+        if inner is None:
+            fixed.pop(name, None)
+        elif isinstance(fixed.get(name), dict):
+            fixed[name] = {key: value for key, value in fixed[name].items() if key not in inner}
+    return fixed

@@ -1,0 +1,51 @@
+"""Everything a job names, opened and held against each other before any file is written or any rank waits.
+
+What cannot work is found here: data that is not there, layers that do not fit, labels the model has no output for.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from protos import job_pb2
+from worker.data.preprocessing import Preprocessing, make_preprocessing
+from worker.data.sources import Dataset, open_source
+from worker.data.split import hold_out
+from worker.engine.losses import TARGET_KIND
+from worker.engine.model import Model
+from worker.errors import DataFault
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A job that fits together; the model has no memory yet."""
+
+    train: Dataset
+    validation: Dataset | None
+    preprocessing: Preprocessing
+    model: Model
+
+
+def prepare(job: job_pb2.JobSpec) -> Prepared:
+    """Open the data and build the model.
+
+    Raises:
+        DataFault, ModelFault: naming the file, the row or the layer.
+    """
+    target_kind = TARGET_KIND[str(job.loss.WhichOneof("kind"))]
+    train = open_source(job.data.train, target_kind)
+    validation = None
+    if job.data.HasField("validation"):
+        validation = open_source(job.data.validation, target_kind)
+        if validation.sample_shape != train.sample_shape:
+            raise DataFault(
+                f"{validation.place}: samples of shape {validation.sample_shape}, "
+                f"but the training set {train.place} has {train.sample_shape}; give both the same features"
+            )
+    elif job.data.validation_fraction > 0:
+        train, validation = hold_out(train, job.data.validation_fraction, job.training.seed)
+    model = Model(job.model, job.loss, train.sample_shape)
+    for dataset in (train, validation):
+        if dataset is not None:
+            model.check_targets(dataset.targets, dataset.place)
+    return Prepared(train, validation, make_preprocessing(job.data, train), model)

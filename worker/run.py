@@ -1,0 +1,182 @@
+"""One attempt at a job, from the job file to the output folder: opens the parts, trains, leaves the results.
+
+Rules: what can be refused is refused before the output folder is made, by all ranks together. Rank 0 alone writes
+files. The last checkpoint on disk is always good: weights that are not finite are never written.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from protos import job_pb2
+from worker import output_folder
+from worker.checkpoint import (
+    Checkpoint,
+    checkpoint_path,
+    newest_checkpoint,
+    prune_checkpoints,
+    write_atomically,
+    write_checkpoint,
+)
+from worker.coordinator_client import connect
+from worker.errors import TrainingFault
+from worker.measurements import Position
+from worker.model_file import write_model
+from worker.preparation import Prepared, prepare
+from worker.reporter import Reporter
+from worker.sync.exchange import Exchange, check_fits, decayed_ranges, open_exchange
+from worker.sync.world import AgreedFault, World
+from worker.train import Observers, Result, train
+from worker.watchdog import Watchdog
+
+
+def run_job(
+    world: World,
+    job: job_pb2.JobSpec,
+    folder: Path,
+    resume: bool,
+    process_start_time: float,
+    say: Callable[[str], None],
+    watchdog: Watchdog,
+) -> None:
+    """Train `job` and leave the output in `folder`. Collective.
+
+    Args:
+        process_start_time: seconds since the Unix epoch, for `seconds_to_first_step`.
+        say: takes a line for people.
+
+    Raises:
+        Fault: AgreedFault when every rank knows of it, any other when it is this rank's own.
+    """
+    watchdog.doing("opening the data")
+    prepared = world.agree(lambda: prepare(job))
+    watchdog.doing("opening the output folder")
+    found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
+    start = Position(*world.broadcast([found.step, found.epoch, found.samples] if found else [0, 0, 0]))
+    watchdog.doing("opening the exchange")
+    exchange = open_exchange(world, job, prepared.model, found, resume)
+    if exchange.note:
+        say(f"shared memory is not used: {exchange.note}")
+
+    client = connect(os.environ) if world.rank == 0 else None
+    reporter = None
+    if world.rank == 0:
+        output_folder.cut_metrics(folder, start.step)
+        send = client.send if client else None
+        reporter = Reporter(folder / output_folder.METRICS, job.training.epochs, say, send)
+    observers = Observers(
+        report=reporter.report if reporter else lambda *_: None,
+        end_of_epoch=lambda position: _checkpoint(world, job, prepared, exchange, folder, position),
+        doing=watchdog.doing,
+    )
+    try:
+        result = train(world, job, prepared, exchange, start, observers)
+        watchdog.doing("writing the results")
+        peaks = world.gather_everywhere(peak_memory_bytes())
+        if world.rank == 0:
+            write_model(folder, job, prepared.model, prepared.preprocessing)
+            summary = summarize(result, prepared, world.size, max(peaks), process_start_time)
+            write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
+    except TrainingFault as fault:
+        # Every rank saw the same totals, so every rank is here.
+        kept = "no checkpoint was written yet"
+        if world.rank == 0 and output_folder.has_checkpoint(folder):
+            kept = f"the last good checkpoint is kept in {folder / output_folder.CHECKPOINTS}"
+        raise AgreedFault(f"{fault}; {kept}", fault.exit_code) from fault
+    finally:
+        if reporter:
+            reporter.close()
+        if client:
+            client.close()
+    world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
+    exchange.close()
+
+
+def summarize(
+    result: Result, prepared: Prepared, world_size: int, peak_bytes: int, process_start_time: float
+) -> dict[str, Any]:
+    """summary.json; names as in the contract."""
+    summary = {
+        "state": "SUCCEEDED",
+        "steps": result.position.step,
+        "epochs": result.position.epoch,
+        "samples": result.position.samples,
+        "world_size": world_size,
+        "train_loss": result.train_loss,
+        "validation_loss": result.validation_loss,
+        "validation_accuracy": result.validation_accuracy,
+        "samples_per_second": result.samples_per_second,
+        "seconds_to_first_step": max(0.0, result.first_step_time - process_start_time),
+        "wall_seconds": result.wall_seconds,
+        "parameters": prepared.model.parameter_count,
+        "peak_memory_bytes": peak_bytes,
+    }
+    return {name: value for name, value in summary.items() if value is not None}
+
+
+def peak_memory_bytes() -> int:
+    """The most memory this process has held at once, shared pages it touched included."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def _open_folder(
+    world: World, folder: Path, job: job_pb2.JobSpec, prepared: Prepared, resume: bool, say: Callable[[str], None]
+) -> Checkpoint | None:
+    if world.rank != 0:
+        return None
+    if not resume:
+        output_folder.open_new(folder, job)
+        return None
+    output_folder.open_again(folder, job)
+    found = newest_checkpoint(folder / output_folder.CHECKPOINTS, say)
+    check_fits(found, prepared.model, job)
+    say(f"resuming after step {found.step} (epoch {found.epoch})")
+    return found
+
+
+def _checkpoint(
+    world: World, job: job_pb2.JobSpec, prepared: Prepared, exchange: Exchange, folder: Path, position: Position
+) -> None:
+    """Collective: every rank gives its part of the optimizer's state."""
+    state = exchange.gather_state()
+    fault: str | None = None
+    if world.rank == 0:
+        fault = _write_checkpoint(job, prepared, exchange, folder, position, state)
+    fault = world.broadcast(fault)
+    if fault:
+        raise TrainingFault(fault)
+
+
+def _write_checkpoint(
+    job: job_pb2.JobSpec,
+    prepared: Prepared,
+    exchange: Exchange,
+    folder: Path,
+    position: Position,
+    state: dict[str, np.ndarray],
+) -> str | None:
+    # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32 values).
+    if not np.isfinite(exchange.parameters.sum(dtype=np.float64)):
+        return f"step {position.step} (epoch {position.epoch}): a weight is no longer finite; lower the learning rate"
+    checkpoints = folder / output_folder.CHECKPOINTS
+    path = checkpoint_path(checkpoints, position.step)
+    model = prepared.model
+    write_checkpoint(
+        path,
+        Checkpoint(
+            *(position.step, position.epoch, position.samples),
+            model.layout_digest,
+            decayed_ranges(model),
+            exchange.parameters,
+            state,
+        ),
+    )
+    prune_checkpoints(checkpoints, job.training.keep_checkpoints)
+    return None

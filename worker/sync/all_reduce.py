@@ -1,0 +1,215 @@
+"""All-reduce with the optimizer sharded over the node's ranks.
+
+The flat vector is cut into one slice for each local rank. A step: everyone's gradient lies in its own shared segment;
+fence; each rank adds up its slice over the node's segments, in rank order, exchanges it with its peers on other nodes,
+runs the optimizer on it and writes the node's only copy of the weights; fence. Optimizer state exists once per node.
+
+Rules: sums, not means, travel; the divisor is the global sample count, so uneven shares are exact. On nodes with
+unequal numbers of ranks there are as many slices as the smallest node has ranks.
+"""
+
+from __future__ import annotations
+
+import itertools
+from time import perf_counter
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from worker.optimizers import CHUNK_ELEMENTS, Optimizer
+from worker.sync.node import Node, shared_memory_shortage
+from worker.sync.statistics import ExchangeStatistics
+from worker.sync.world import World
+
+CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
+
+
+class Chunk(NamedTuple):
+    """A piece of this rank's slice that stays in cache, with every view the step needs, made once."""
+
+    parameters: np.ndarray
+    gradients: list[np.ndarray]  # one view into each local rank's segment
+    total: np.ndarray  # where their sum goes
+    state: dict[str, np.ndarray]
+    decayed: list[tuple[int, int]]
+
+
+class AllReduceExchange:
+    """The gradient exchange of one rank. Collective: every rank makes one, with the same arguments.
+
+    Attributes:
+        parameters: (parameter_count,) float32, the node's one copy of the weights.
+        gradient: (parameter_count,) float32, this rank's own.
+        totals: (total_count,) float64; a rank's sums before `step`, the sums over all ranks after it.
+    """
+
+    def __init__(
+        self,
+        world: World,
+        optimizer: Optimizer,
+        parameter_count: int,
+        decayed: list[tuple[int, int]],
+        total_count: int,
+    ) -> None:
+        self.note = _leave_shared_memory_if_short(world, parameter_count)
+        self.node = node = Node(world)
+        self.statistics = ExchangeStatistics()
+        self._world = world
+        self._optimizer = optimizer
+        self.parameters = node.shared(parameter_count, np.float32)
+        segments = node.segments(parameter_count, np.float32)
+        self.gradient = segments[node.rank]
+        self._total_segments = node.segments(total_count, np.float64)
+        self._node_totals = node.shared(total_count, np.float64)
+        self.totals = np.zeros(total_count)
+
+        slices = min(world.gather_everywhere(node.size))
+        owns_slice = node.rank < slices
+        self.bounds = slice_bounds(parameter_count, slices)[node.rank] if owns_slice else (0, 0)
+        start, stop = self.bounds
+        self._peers = world.comm.Split(node.rank if owns_slice else slices, world.rank)
+        self._between_nodes = owns_slice and self._peers.Get_size() > 1
+        self.state = optimizer.init(stop - start, np.float32)
+        self._slice_total = np.zeros(stop - start if self._between_nodes else 0, np.float32)
+        self._chunks = self._cut(segments, start, stop, decayed)
+        node.fence()
+
+    def step(self, step: int, samples: int, learning_rate: float) -> None:
+        """Turn everyone's `gradient` into new `parameters`.
+
+        Args:
+            step: from 1.
+            samples: of the whole batch, over all ranks.
+        """
+        node, statistics = self.node, self.statistics
+        began = perf_counter()
+        self._total_segments[node.rank][:] = self.totals
+        node.fence()
+        arrived = perf_counter()
+        statistics.wait_seconds += arrived - began
+
+        self._exchange_totals()
+        scale = np.float32(1.0 / samples)
+        update = self._optimizer.update
+        reducing, updating = 0.0, 0.0
+        if self._between_nodes:
+            from mpi4py import MPI
+
+            for chunk in self._chunks:
+                _sum(chunk)
+            self._peers.Allreduce(MPI.IN_PLACE, self._slice_total, op=MPI.SUM)
+            statistics.sent("mpi", self._slice_total.nbytes)
+            statistics.received("mpi", self._slice_total.nbytes)
+        before = perf_counter()
+        for chunk in self._chunks:
+            if not self._between_nodes:
+                _sum(chunk)
+            np.multiply(chunk.total, scale, out=chunk.total)
+            reduced = perf_counter()
+            update(chunk.parameters, chunk.total, chunk.state, step, learning_rate, chunk.decayed)
+            after = perf_counter()
+            reducing += reduced - before
+            updating += after - reduced
+            before = after
+        worked = perf_counter()
+        node.fence()
+        left = perf_counter()
+        statistics.wait_seconds += left - worked
+        statistics.exchange_seconds += left - began - updating
+        statistics.update_seconds += updating
+        if node.size > 1:
+            # We read the other ranks' gradients in our slice; they read ours outside it.
+            own_bytes = 4 * (self.bounds[1] - self.bounds[0])
+            statistics.received("shared_memory", own_bytes * (node.size - 1))
+            statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
+        self.totals[:] = self._node_totals
+
+    def gather_state(self) -> dict[str, np.ndarray]:
+        """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective."""
+        whole = {}
+        for name, own in sorted(self.state.items()):
+            counts = self.node.comm.allgather(int(own.size))
+            everything = np.empty(sum(counts) if self.node.rank == 0 else 0, own.dtype)
+            self.node.comm.Gatherv(own, (everything, counts) if self.node.rank == 0 else None, root=0)
+            whole[name] = everything
+        return whole
+
+    def restore_state(self, name: str, whole: np.ndarray) -> None:
+        """Take this rank's slice of one array of a checkpoint."""
+        start, stop = self.bounds
+        self.state[name][:] = whole[start:stop]
+
+    def publish_parameters(self) -> None:
+        """After the lowest rank of each node has written `parameters`: let every rank of the node see them."""
+        self.node.fence()
+
+    def close(self) -> None:
+        """Give the shared memory back; `parameters` and `gradient` end with it."""
+        self.node.close()
+
+    def _exchange_totals(self) -> None:
+        node = self.node
+        if node.rank != 0:
+            return
+        self._node_totals[:] = self._total_segments[0]
+        for segment in self._total_segments[1:]:
+            self._node_totals += segment
+        if self._peers.Get_size() > 1:
+            from mpi4py import MPI
+
+            self._peers.Allreduce(MPI.IN_PLACE, self._node_totals, op=MPI.SUM)
+
+    def _cut(self, segments: list[np.ndarray], start: int, stop: int, decayed: list[tuple[int, int]]) -> list[Chunk]:
+        # One rank alone sums nothing: its gradient is the total, and may be overwritten.
+        alone = len(segments) == 1 and not self._between_nodes
+        scratch = np.empty(min(CHUNK_ELEMENTS, stop - start), np.float32)
+        chunks = []
+        for low in range(start, stop, CHUNK_ELEMENTS):
+            high = min(low + CHUNK_ELEMENTS, stop)
+            gradients = [segment[low:high] for segment in segments]
+            if alone:
+                total = gradients[0]
+            elif self._between_nodes:
+                total = self._slice_total[low - start : high - start]
+            else:
+                total = scratch[: high - low]
+            chunks.append(
+                Chunk(
+                    self.parameters[low:high],
+                    [] if alone else gradients,
+                    total,
+                    {name: array[low - start : high - start] for name, array in self.state.items()},
+                    [(max(a, low) - low, min(b, high) - low) for a, b in decayed if a < high and b > low],
+                )
+            )
+        return chunks
+
+
+def slice_bounds(elements: int, slices: int) -> list[tuple[int, int]]:
+    """Cut `elements` into `slices` runs of nearly equal length that begin on cache lines; late ones may be empty."""
+    lines = -(-elements // CACHE_LINE_ELEMENTS)
+    edges = [min(elements, lines * index // slices * CACHE_LINE_ELEMENTS) for index in range(slices + 1)]
+    return list(itertools.pairwise(edges))
+
+
+def _sum(chunk: Chunk) -> None:
+    gradients = chunk.gradients
+    if not gradients:
+        return
+    if len(gradients) == 1:
+        np.copyto(chunk.total, gradients[0])
+        return
+    np.add(gradients[0], gradients[1], out=chunk.total)
+    for gradient in gradients[2:]:
+        np.add(chunk.total, gradient, out=chunk.total)
+
+
+def _leave_shared_memory_if_short(world: World, parameter_count: int) -> str | None:
+    """Make every rank its own node where the windows would not fit; returns the reason on the rank that saw it."""
+    local_ranks: Any = world.node_comm.Get_size()
+    needed = 4 * parameter_count * (local_ranks + 1) + (1 << 20)
+    shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
+    if any(world.gather_everywhere(shortage is not None)):
+        world.split_nodes_into_ranks()
+        return shortage
+    return None

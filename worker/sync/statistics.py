@@ -1,0 +1,24 @@
+"""What the exchange cost one rank, counted from the start of the attempt."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+
+@dataclass
+class ExchangeStatistics:
+    """Seconds and payload bytes since the exchange was opened."""
+
+    wait_seconds: float = 0.0  # waiting for other ranks; part of exchange_seconds
+    exchange_seconds: float = 0.0  # everything but the optimizer
+    update_seconds: float = 0.0  # the optimizer
+    sent_bytes: dict[str, int] = field(default_factory=dict)  # by transport
+    received_bytes: dict[str, int] = field(default_factory=dict)
+
+    def sent(self, transport: str, count: int) -> None:
+        """Count `count` payload bytes that left this rank."""
+        self.sent_bytes[transport] = self.sent_bytes.get(transport, 0) + count
+
+    def received(self, transport: str, count: int) -> None:
+        """Count `count` payload bytes that reached this rank."""
+        self.received_bytes[transport] = self.received_bytes.get(transport, 0) + count

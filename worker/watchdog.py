@@ -1,0 +1,49 @@
+"""Ends a rank that makes no progress, because nothing may hang.
+
+A rank blocked in a collective cannot look at a clock, so a thread does: the training loop tells it what it is about to
+do, and if the same thing takes longer than the limit the thread names it and ends the process, which ends the job.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic
+
+
+class Watchdog:
+    """Watches one rank.
+
+    Args:
+        limit_seconds: how long one activity may take (`limits.stall_seconds`).
+        on_stall: called once, from the watching thread, with a sentence; it is expected to end the process.
+    """
+
+    def __init__(self, limit_seconds: float, on_stall: Callable[[str], None]) -> None:
+        self._limit_seconds = limit_seconds
+        self._on_stall = on_stall
+        self._doing = "starting"
+        self._since = monotonic()
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread.start()
+
+    def doing(self, activity: str) -> None:
+        """State what comes next; its time starts now."""
+        self._doing = activity
+        self._since = monotonic()
+
+    def stop(self) -> None:
+        """Watch no longer."""
+        self._stopped.set()
+        self._thread.join(timeout=5)
+
+    def _watch(self) -> None:
+        while not self._stopped.wait(min(1.0, self._limit_seconds / 4)):
+            stuck_seconds = monotonic() - self._since
+            if stuck_seconds > self._limit_seconds:
+                self._on_stall(
+                    f"no progress for {stuck_seconds:.0f} s while {self._doing}; another rank is stuck or gone, "
+                    f"or limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
+                )
+                return
