@@ -1,5 +1,7 @@
 """PyTorch, eager, one process, one thread: the training loop of its tutorials with the fast settings chosen."""
 
+import itertools
+
 import torch
 from stopwatch import Arguments, Stopwatch, load_arrays, peak_memory_bytes, print_result, read_arguments
 
@@ -7,7 +9,7 @@ from stopwatch import Arguments, Stopwatch, load_arrays, peak_memory_bytes, prin
 def make_model(units: tuple[int, ...]) -> torch.nn.Sequential:
     """Dense layers with a ReLU between each two."""
     layers: list[torch.nn.Module] = []
-    for inputs, outputs in zip(units, units[1:], strict=False):
+    for inputs, outputs in itertools.pairwise(units):
         layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
     return torch.nn.Sequential(*layers[:-1])
 
@@ -20,6 +22,11 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.
 def load_tensors(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
     features, labels = load_arrays(arguments)
     return torch.from_numpy(features), torch.from_numpy(labels)
+
+
+def describe_version() -> str:
+    """PyTorch's version and whose matrix products it runs."""
+    return f"PyTorch {torch.__version__} with {'MKL' if torch.backends.mkl.is_available() else 'its own BLAS'}"
 
 
 def main() -> None:
@@ -44,7 +51,7 @@ def main() -> None:
         stopwatch,
         peak_memory_bytes=peak_memory_bytes(),
         train_loss=float(loss.detach()),
-        version=f"PyTorch {torch.__version__}",
+        version=describe_version(),
     )
 
 
