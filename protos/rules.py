@@ -1,0 +1,252 @@
+"""What a job may say: fills in defaults and names every violation.
+
+Rules of this file:
+- Bounds, defaults and allowed words stand in job.proto, on the field itself (options.proto); the code here walks the
+  descriptor and knows no field by name. A new layer or optimizer brings its rules along and nothing here changes.
+- What one field demands of another is a row of CROSS_FIELD_RULES.
+- Nothing stops at the first fault, reads a file or changes its argument.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, cast
+
+from google.protobuf.descriptor import Descriptor, FieldDescriptor, OneofDescriptor
+from google.protobuf.message import Message
+
+from protos import options_pb2
+from protos.job_pb2 import JobSpec
+
+INTEGERS = frozenset(
+    {
+        FieldDescriptor.CPPTYPE_INT32,
+        FieldDescriptor.CPPTYPE_INT64,
+        FieldDescriptor.CPPTYPE_UINT32,
+        FieldDescriptor.CPPTYPE_UINT64,
+    }
+)
+FLOATS = frozenset({FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT})
+
+
+class Violation(NamedTuple):
+    """One fault of a job: where it stands in the file, and what was given against what is allowed."""
+
+    path: str  # as in the file: `model[2].dense.units`
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.message}"
+
+
+def check(spec: JobSpec) -> list[Violation]:
+    """Every violation in the job, fields first, in the order of the schema; an absent field with a default is none."""
+    return [*_message_violations(spec, ""), *(found for rule in CROSS_FIELD_RULES if (found := rule(spec)))]
+
+
+def resolve(spec: JobSpec) -> JobSpec:
+    """A copy with every default written in, so that the job means the same under later versions' defaults.
+
+    A part that is absent is created where all it holds has defaults (`training`), an option left open where the
+    schema names one (`sync`). What is required stays absent: `check` names it.
+    """
+    resolved = JobSpec()
+    resolved.CopyFrom(spec)
+    _fill_in(resolved)
+    return resolved
+
+
+# ------------------------------------------------------------------------------------------------ reading the schema
+
+
+def rule_of(field: FieldDescriptor) -> options_pb2.Rule:
+    """The rule written on a field; an empty one where there is none."""
+    extension: Any = options_pb2.rule  # the generated stub leaves out what the extension holds
+    return cast(options_pb2.Rule, field.GetOptions().Extensions[extension])
+
+
+def schema_of(message: Message) -> Descriptor:
+    """The descriptor of a message, by the name of its public type."""
+    return cast(Descriptor, message.DESCRIPTOR)
+
+
+def choice_of(descriptor: Descriptor) -> OneofDescriptor | None:
+    """The oneof whose options a job file names by word, or None. `optional` fields hide a oneof each: not those."""
+    for oneof in descriptor.oneofs:
+        if oneof.name != f"_{oneof.fields[0].name}":
+            return oneof
+    return None
+
+
+def option_words(descriptor: Descriptor) -> list[str]:
+    """The words of the options, in the order of the schema; empty where the message has no oneof."""
+    choice = choice_of(descriptor)
+    return [field.name for field in choice.fields] if choice else []
+
+
+def chosen_option(message: Message) -> str | None:
+    """The word of the option a message holds, None where it names none or has no options."""
+    choice = choice_of(schema_of(message))
+    return message.WhichOneof(choice.name) if choice else None
+
+
+def nearest(word: str, allowed: Iterable[str]) -> str | None:
+    """The allowed word most like this one, or None where nothing is near."""
+    return next(iter(difflib.get_close_matches(word, list(allowed), n=1)), None)
+
+
+def not_one_of(word: str, allowed: Iterable[str]) -> str:
+    """What to say of a word that is none of those allowed."""
+    allowed = list(allowed)
+    near = nearest(word, allowed)
+    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; did you mean {near}?" if near else "")
+
+
+def quoted(text: str) -> str:
+    """The text in quotes, on one line and short enough for a message."""
+    return repr(text if len(text) <= 60 else text[:57] + "...")
+
+
+def number(value: float) -> str:
+    """A number as a person writes it: 2 for 2.0."""
+    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else repr(value)
+
+
+# -------------------------------------------------------------------------------------------------------- violations
+
+
+def _message_violations(message: Message, path: str) -> Iterator[Violation]:
+    for field in schema_of(message).fields:
+        place = f"{path}.{field.name}" if path else field.name
+        yield from _field_violations(message, field, place)
+
+
+def _field_violations(message: Message, field: FieldDescriptor, place: str) -> Iterator[Violation]:
+    rule = rule_of(field)
+    value = getattr(message, field.name)
+    if field.is_repeated:
+        given = [(element, f"{place}[{index}]") for index, element in enumerate(value)]
+    elif message.HasField(field.name) if field.has_presence else bool(value):
+        given = [(value, place)]
+    else:
+        given = []
+    if rule.required and not given:
+        yield Violation(place, f"is required{_what_it_takes(field)}")
+    for element, element_place in given:
+        if field.message_type is None:
+            yield from (Violation(element_place, fault) for fault in _value_faults(element, rule))
+        else:
+            yield from _choice_violations(element, element_place, rule)
+            yield from _message_violations(element, element_place)
+
+
+def _what_it_takes(field: FieldDescriptor) -> str:
+    words = option_words(field.message_type) if field.message_type else []
+    number_wanted = "at least one of" if field.is_repeated else "one of"
+    return f": {number_wanted} {', '.join(words)}" if words else ""
+
+
+def _choice_violations(message: Message, place: str, rule: options_pb2.Rule) -> Iterator[Violation]:
+    words = option_words(schema_of(message))
+    if words and not chosen_option(message) and not rule.default:
+        yield Violation(place, f"names nothing; it takes one of: {', '.join(words)}")
+
+
+def _value_faults(value: float | str | bool, rule: options_pb2.Rule) -> Iterator[str]:
+    if isinstance(value, str):
+        if rule.one_of and value not in rule.one_of:
+            yield not_one_of(value, rule.one_of)
+        return
+    if not math.isfinite(value):
+        yield f"{value} is not a finite number"
+        return
+    if rule.HasField("above") and not value > rule.above:
+        yield f"{number(value)} is not above {number(rule.above)}"
+    if rule.HasField("at_least") and not value >= rule.at_least:
+        yield f"{number(value)} is not at least {number(rule.at_least)}"
+    if rule.HasField("below") and not value < rule.below:
+        yield f"{number(value)} is not below {number(rule.below)}"
+    if rule.HasField("at_most") and not value <= rule.at_most:
+        yield f"{number(value)} is not at most {number(rule.at_most)}"
+
+
+# ------------------------------------------------------------------------------------------------- cross-field rules
+
+
+def _one_held_out_set(spec: JobSpec) -> Violation | None:
+    if not (spec.data.HasField("validation") and spec.data.validation_fraction):
+        return None
+    given = number(spec.data.validation_fraction)
+    return Violation("data.validation_fraction", f"{given} is given beside `validation`; remove one of the two")
+
+
+def _one_preprocessing(spec: JobSpec) -> Violation | None:
+    if not (spec.data.standardize and spec.data.HasField("scale") and spec.data.scale != 1):
+        return None
+    return Violation("data.scale", f"{number(spec.data.scale)} is given beside `standardize`; remove one of the two")
+
+
+# These losses hold the last activation themselves, where it can be computed without overflow.
+TAKES_LOGITS = {
+    "softmax_cross_entropy": ("softmax",),
+    "binary_cross_entropy": ("sigmoid", "softmax"),
+}
+
+
+def _logits_for_the_loss(spec: JobSpec) -> Violation | None:
+    loss = chosen_option(spec.loss)
+    last = chosen_option(spec.model[-1]) if spec.model else None
+    if loss is None or last not in TAKES_LOGITS.get(loss, ()):
+        return None
+    return Violation(f"loss.{loss}", f"takes logits: remove the {last} layer at model[{len(spec.model) - 1}]")
+
+
+CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
+    _one_held_out_set,
+    _one_preprocessing,
+    _logits_for_the_loss,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------- defaults
+
+
+def _fill_in(message: Message) -> None:
+    for field in schema_of(message).fields:
+        rule = rule_of(field)
+        if field.message_type is None:
+            if rule.default and not message.HasField(field.name):
+                setattr(message, field.name, default_value(field))
+        elif field.is_repeated:
+            for element in getattr(message, field.name):
+                _fill_in(element)
+        elif message.HasField(field.name) or _makes_itself(field):
+            part = getattr(message, field.name)
+            part.SetInParent()
+            if rule.default and not chosen_option(part):
+                getattr(part, rule.default).SetInParent()
+            _fill_in(part)
+
+
+def default_value(field: FieldDescriptor) -> float | str | bool:
+    """The default of a scalar field, in the field's own type."""
+    text = rule_of(field).default
+    if field.cpp_type in INTEGERS:
+        return int(text)
+    if field.cpp_type in FLOATS:
+        return float(text)
+    if field.cpp_type == FieldDescriptor.CPPTYPE_BOOL:
+        return {"true": True, "false": False}[text]
+    return text
+
+
+def _makes_itself(field: FieldDescriptor) -> bool:
+    """Whether an absent part is created: its option has a default, or it has no options and all its fields have."""
+    if field.containing_oneof or rule_of(field).required:
+        return False
+    if rule_of(field).default:
+        return True
+    part = field.message_type
+    return part is not None and choice_of(part) is None and all(rule_of(inner).default for inner in part.fields)

@@ -1,0 +1,53 @@
+"""Batches: rows gathered and converted into buffers made once.
+
+Rules: on the path of every step, so nothing big is allocated after construction. What `take` returns are views that
+the next `take` overwrites.
+"""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from worker.data.preprocessing import Preprocessing
+from worker.data.sources import Dataset
+
+
+class BatchReader:
+    """Reads batches of at most `capacity` samples of a data set: preprocessed, as floats of `dtype`."""
+
+    def __init__(
+        self, dataset: Dataset, preprocessing: Preprocessing, capacity: int, dtype: DTypeLike = np.float32
+    ) -> None:
+        self._stored = dataset.features
+        self._stored_targets = dataset.targets
+        self._rows = dataset.rows
+        self._preprocessing = preprocessing
+        self._features = np.empty((capacity, *dataset.sample_shape), dtype)
+        self._targets = np.empty((capacity, *dataset.targets.shape[1:]), dataset.targets.dtype)
+        stored_shape = (capacity, *dataset.features.shape[1:])
+        # Rows already of the right type are gathered where they will be used.
+        self._in_place = in_place = self._stored.dtype == self._features.dtype
+        self._raw = self._features.reshape(stored_shape) if in_place else np.empty(stored_shape, self._stored.dtype)
+        # np.take copies the whole array first when it is not laid out row by row, as a memory-mapped file may not be.
+        self._in_rows = self._stored.flags.c_contiguous and self._stored.flags.aligned
+
+    def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
+        """Features (n, *sample_shape) and targets (n,) or (n, k) of the samples at `indices`, 0 <= n <= capacity.
+
+        Both are views that the next call overwrites. IndexError when an index is outside the data set.
+        """
+        count = len(indices)
+        if count > len(self._features):
+            raise IndexError(f"a batch of {count} samples was asked of a reader with room for {len(self._features)}")
+        features, targets, raw = self._features[:count], self._targets[:count], self._raw[:count]
+        if self._rows is not None:
+            indices = self._rows.take(indices)
+        # The targets, few bytes, are gathered with the bounds check; it makes a copy that the features are spared.
+        self._stored_targets.take(indices, axis=0, out=targets)
+        if self._in_rows:
+            self._stored.take(indices, axis=0, out=raw, mode="wrap")
+        else:
+            raw[...] = self._stored[indices]
+        self._preprocessing.apply(features if self._in_place else raw, features)
+        return features, targets

@@ -1,0 +1,130 @@
+"""Data sources: from what a job file names to arrays that training reads.
+
+Rules: features stay in their stored type and are converted a batch at a time; targets come in the form the loss takes.
+Every value is checked here, once, before the first step. A lone channel is implied: images stored as (n, 28, 28) have
+samples of shape (28, 28, 1).
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from protos import job_pb2
+from worker.data.idx import read_idx
+from worker.data.numpy_files import read_npy, read_npz
+from worker.data.stored_array import StoredArray, check_finite, check_numbers
+from worker.data.table import read_csv, read_csv_features
+from worker.data.targets import as_targets
+from worker.errors import DataFault
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """Samples and their targets; a view of some of the rows where `rows` says which."""
+
+    features: NDArray[Any]  # (N, ...) in the stored type; may be memory-mapped
+    targets: NDArray[Any]  # int64 (N,) or float32 (N, k)
+    rows: NDArray[np.int64] | None  # (n,) indices into both, or None for all
+    place: str  # the files, for messages
+
+    def __len__(self) -> int:
+        return len(self.features) if self.rows is None else len(self.rows)
+
+    @property
+    def sample_shape(self) -> tuple[int, ...]:
+        return sample_shape(self.features)
+
+
+def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
+    """(k,), or for images (height, width, channels), of stored features (n,), (n, k), (n, h, w) or (n, h, w, c)."""
+    inner = features.shape[1:]
+    if len(inner) == 2:
+        return (*inner, 1)
+    return inner or (1,)
+
+
+def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
+    """The data set a job names, checked; DataFault naming file, value and remedy.
+
+    target_kind: "labels" for targets int64 (n,), "values" for float32 (n, k).
+    """
+    kind = source.WhichOneof("kind")
+    if kind is None:
+        raise DataFault(f"data source: names no kind; the kinds are: {', '.join(OPENERS)}")
+    try:
+        features, targets = OPENERS[kind](getattr(source, kind))
+        _check_features(features)
+        place = _both(features.place, targets.place)
+        check_numbers(targets, "targets")
+        samples, answers = len(features.values), len(targets.values)
+        if samples != answers:
+            raise DataFault(f"{place}: {samples} samples but {answers} targets; name two that belong together")
+        return Dataset(features.values, as_targets(targets, target_kind), None, place)
+    except MemoryError as error:
+        raise DataFault(
+            f"data source {kind}: does not fit in memory ({error}); store it as npy, which is memory-mapped"
+        ) from error
+
+
+def open_features(path: str) -> NDArray[Any]:
+    """Features alone, as `predict` takes them: .npy, .npz (array `x`), .csv (every column), or idx, plain or .gz."""
+    suffix = path[path.rfind(".") :].lower()
+    readers: dict[str, Callable[[str], StoredArray]] = {
+        ".npy": read_npy,
+        ".npz": lambda path: read_npz(path, "x")[0],
+        ".csv": read_csv_features,
+    }
+    array = readers.get(suffix, read_idx)(path)
+    _check_features(array)
+    return array.values
+
+
+def _check_features(array: StoredArray) -> None:
+    check_numbers(array, "features")
+    if array.values.ndim > 4:
+        raise DataFault(
+            f"{array.place}: features have shape {array.values.shape}; "
+            "a sample is (features,) or (height, width, channels): reshape the array to at most 4 axes"
+        )
+    check_finite(array, "features")
+
+
+def _both(features: str, targets: str) -> str:
+    return features if features == targets else f"{features} with {targets}"
+
+
+def _open_built_in(name: str) -> tuple[StoredArray, StoredArray]:
+    with resources.as_file(resources.files("worker.data") / "built_in" / f"{name}.npz") as path:
+        features, targets = read_npz(str(path), "x", "y")
+    place = f"built-in {name}"
+    return features._replace(place=place), targets._replace(place=place)
+
+
+def _open_idx(source: job_pb2.IdxSource) -> tuple[StoredArray, StoredArray]:
+    return read_idx(source.images), read_idx(source.labels)
+
+
+def _open_npz(source: job_pb2.NpzSource) -> tuple[StoredArray, StoredArray]:
+    features, targets = read_npz(source.path, source.features or "x", source.targets or "y")
+    return features, targets
+
+
+def _open_npy(source: job_pb2.NpySource) -> tuple[StoredArray, StoredArray]:
+    return read_npy(source.features), read_npy(source.targets)
+
+
+def _open_csv(source: job_pb2.CsvSource) -> tuple[StoredArray, StoredArray]:
+    return read_csv(source.path, source.target)
+
+
+OPENERS: dict[str, Callable[[Any], tuple[StoredArray, StoredArray]]] = {
+    "built_in": _open_built_in,
+    "idx": _open_idx,
+    "npz": _open_npz,
+    "npy": _open_npy,
+    "csv": _open_csv,
+}

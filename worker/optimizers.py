@@ -1,0 +1,167 @@
+"""Optimizers, sorted by increasing complexity.
+
+Rules: an optimizer is two functions and its state is named 1-D arrays, so the same code serves a rank's slice, a
+parameter server's chunk and a checkpoint. Everything is in place and element by element: cutting the vector anywhere
+changes no result. The gradient is the mean over the batch and becomes scratch space, so none is allocated. Work goes
+slice by slice, so that the several passes over a slice find it in the processor's cache. Formulas and conventions are
+PyTorch's.
+
+The scale of Adam's state: `first_moment` and `second_moment` hold the plain sums m <- b1 m + g and v <- b2 v + g^2.
+The textbook's averages are (1 - b1) m and (1 - b2) v; those factors are folded into the learning rate and epsilon,
+which saves two passes over the data.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Final, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from protos import job_pb2
+from worker.errors import UsageFault
+
+FloatArray: TypeAlias = npt.NDArray[np.floating[Any]]
+State: TypeAlias = dict[str, FloatArray]
+Ranges: TypeAlias = Sequence[tuple[int, int]]
+
+# Slices of 64K float32 are 256 KB: parameters, gradient and two moments of a slice stay in a second-level cache of
+# 1 MB. On 0.1, 0.5 and 5.8 million parameters Adam took 0.09, 0.46 and 6.8 ms; with 8K slices, where the cost of the
+# calls shows, 0.13, 0.70 and 9.4; in a single slice 0.09, 0.47 and 8.3.
+CHUNK_ELEMENTS: Final = 65536
+
+
+class Optimizer(NamedTuple):
+    """How a parameter vector, or any part of it, takes a step."""
+
+    # init(length, dtype): the state of that many parameters, zeros, by name; may be empty.
+    init: Callable[[int, npt.DTypeLike], State]
+    # update(parameters, gradient, state, step, learning_rate, decayed): one step, in place on 1-D arrays of one length.
+    # The gradient is the mean over the batch and is overwritten; steps count from 1; `decayed` are the ranges
+    # (start, stop) of these arrays that weight decay applies to.
+    update: Callable[[FloatArray, FloatArray, State, int, float, Ranges], None]
+
+
+def sgd(options: job_pb2.SgdOptimizer) -> Optimizer:
+    """W := W - eta dL/dW (seed document, "Weight & Bias Update")."""
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        rate = float(learning_rate)
+        for start, stop in _slices(len(p)):
+            w, d = p[start:stop], g[start:stop]
+            np.multiply(d, rate, out=d)
+            np.subtract(w, d, out=w)
+
+    return Optimizer(_zeros(), update)
+
+
+def momentum(options: job_pb2.MomentumOptimizer) -> Optimizer:
+    """The velocity gathers gradients, v <- mu v + g, and W := W - eta v (seed document, "Add velocity term").
+
+    Nesterov's step looks one velocity ahead: W := W - eta (g + mu v), as PyTorch rewrites Sutskever et al. 2013.
+    """
+    mu, nesterov = options.momentum, options.nesterov
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        rate = float(learning_rate)
+        for start, stop in _slices(len(p)):
+            w, d, v = p[start:stop], g[start:stop], state["velocity"][start:stop]
+            np.multiply(v, mu, out=v)
+            np.add(v, d, out=v)
+            if nesterov:
+                np.multiply(d, rate, out=d)
+                np.subtract(w, d, out=w)
+            np.multiply(v, rate * mu if nesterov else rate, out=d)
+            np.subtract(w, d, out=w)
+
+    return Optimizer(_zeros("velocity"), update)
+
+
+def adam(options: job_pb2.AdamOptimizer | job_pb2.AdamwOptimizer, weight_decay: float = 0.0) -> Optimizer:
+    """Kingma and Ba 2015, algorithm 1 (seed document, "Adaptive learning rates").
+
+    With averages M = (1 - b1) m and V = (1 - b2) v of the sums m and v kept here, the paper's step is
+    eta (M / (1 - b1^t)) / (sqrt(V / (1 - b2^t)) + eps). Let c1 = (1 - b1)/(1 - b1^t), c2 = sqrt((1 - b2)/(1 - b2^t)):
+    that is eta c1 m / (c2 sqrt(v) + eps) = (eta c1/c2) m / (sqrt(v) + eps/c2).
+    """
+    b1, b2, epsilon = options.beta1, options.beta2, options.epsilon
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        c1 = (1 - b1) / (1 - b1**step)
+        c2 = math.sqrt((1 - b2) / (1 - b2**step))
+        rate, floor = float(learning_rate) * c1 / c2, epsilon / c2
+        keep = 1 - float(learning_rate) * weight_decay
+        for start, stop in _slices(len(p)):
+            w, d = p[start:stop], g[start:stop]
+            m, v = state["first_moment"][start:stop], state["second_moment"][start:stop]
+            if weight_decay:
+                for first, last in _within(decayed, start, stop):
+                    np.multiply(p[first:last], keep, out=p[first:last])
+            np.multiply(m, b1, out=m)
+            np.add(m, d, out=m)
+            np.multiply(v, b2, out=v)
+            np.multiply(d, d, out=d)
+            np.add(v, d, out=v)
+            np.sqrt(v, out=d)
+            np.add(d, floor, out=d)
+            np.divide(m, d, out=d)
+            np.multiply(d, rate, out=d)
+            np.subtract(w, d, out=w)
+
+    return Optimizer(_zeros("first_moment", "second_moment"), update)
+
+
+def adamw(options: job_pb2.AdamwOptimizer) -> Optimizer:
+    """Adam with decoupled decay: W := (1 - eta lambda) W before Adam's step (Loshchilov and Hutter 2019).
+
+    Only `decayed` ranges shrink: weights do, biases do not.
+    """
+    return adam(options, options.weight_decay)
+
+
+OPTIMIZERS: Final[dict[str, Callable[[Any], Optimizer]]] = {
+    "sgd": sgd,
+    "momentum": momentum,
+    "adam": adam,
+    "adamw": adamw,
+}
+
+
+def make_optimizer(spec: job_pb2.Optimizer) -> Optimizer:
+    """The optimizer a resolved job names. UsageFault when it names none or a setting is absent."""
+    return OPTIMIZERS[spec.WhichOneof("kind") or ""](_options(spec))
+
+
+def base_learning_rate(spec: job_pb2.Optimizer) -> float:
+    """The learning rate a resolved job gives. UsageFault as for make_optimizer."""
+    return float(_options(spec).learning_rate)
+
+
+def _options(spec: job_pb2.Optimizer) -> Any:
+    """The message of the optimizer named; an absent setting would read as 0 and quietly train nothing."""
+    kind = spec.WhichOneof("kind")
+    if kind is None:
+        raise UsageFault(f"optimizer: names none of {', '.join(OPTIMIZERS)}")
+    options = getattr(spec, kind)
+    absent = [field.name for field in options.DESCRIPTOR.fields if not options.HasField(field.name)]
+    if absent:
+        raise UsageFault(f"optimizer.{kind}.{absent[0]}: is absent, a resolved job has every setting")
+    return options
+
+
+def _slices(length: int) -> Iterator[tuple[int, int]]:
+    """(start, stop) of slices that stay in cache."""
+    for start in range(0, length, CHUNK_ELEMENTS):
+        yield start, min(start + CHUNK_ELEMENTS, length)
+
+
+def _within(ranges: Ranges, start: int, stop: int) -> Iterator[tuple[int, int]]:
+    """The parts of `ranges` that lie between start and stop."""
+    for first, last in ranges:
+        if first < stop and start < last:
+            yield max(first, start), min(last, stop)
+
+
+def _zeros(*names: str) -> Callable[[int, npt.DTypeLike], State]:
+    """The `init` of a state whose arrays have these names."""
+    return lambda length, dtype: {name: np.zeros(length, dtype) for name in names}
