@@ -60,7 +60,7 @@ def read_measurement(stated: Mapping[str, Any], classes: int) -> Measurement:
     chance = math.log(classes)
     if stated["train_loss"] >= chance:
         raise BenchmarkFailed(f"did not learn: its loss is {stated['train_loss']:.3f}, guessing has {chance:.3f}")
-    return Measurement(*(float(stated[field]) for field in FIGURES), str(stated.get("version", "")))
+    return Measurement(**{field: float(stated[field]) for field in FIGURES}, version=str(stated.get("version", "")))
 
 
 def run_command(command: Command, folder: Path, deadline_seconds: float = DEADLINE_SECONDS) -> str:

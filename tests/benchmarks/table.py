@@ -34,7 +34,7 @@ class Table(NamedTuple):
     """A heading for each column, and rows as long."""
 
     headings: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
 
 def throughput_table(results: Results, cases: Sequence[Case], contenders: Sequence[Contender]) -> Table:

@@ -1,5 +1,6 @@
 """What the benchmark makes of its rounds: medians, ratios, the order of runs, the tables."""
 
+import itertools
 import math
 
 import pytest
@@ -91,7 +92,7 @@ def test_no_step_of_a_timed_network_is_ragged(case: Case) -> None:
 
 
 def test_ours_runs_next_to_every_peer_it_is_compared_with() -> None:
-    for one, other in zip(CONTENDERS, CONTENDERS[1:], strict=False):
+    for one, other in itertools.pairwise(CONTENDERS):
         assert one.ranks != other.ranks or one.ours != other.ours
 
 
