@@ -58,7 +58,7 @@ class CoordinatorClient:
         from protos import coordinator_pb2_grpc
 
         with grpc.insecure_channel(self._address) as channel:
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
             ended = False
             while not ended:
                 batch, ended = self._next_batch()

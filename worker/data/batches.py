@@ -19,6 +19,7 @@ class BatchReader:
     def __init__(
         self, dataset: Dataset, preprocessing: Preprocessing, capacity: int, dtype: DTypeLike = np.float32
     ) -> None:
+        self.capacity = capacity
         self._stored = dataset.features
         self._stored_targets = dataset.targets
         self._rows = dataset.rows

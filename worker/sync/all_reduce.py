@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -206,7 +206,7 @@ def _sum(chunk: Chunk) -> None:
 
 def _leave_shared_memory_if_short(world: World, parameter_count: int) -> str | None:
     """Make every rank its own node where the windows would not fit; returns the reason on the rank that saw it."""
-    local_ranks: Any = world.node_comm.Get_size()
+    local_ranks = world.node_comm.Get_size()
     needed = 4 * parameter_count * (local_ranks + 1) + (1 << 20)
     shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
     if any(world.gather_everywhere(shortage is not None)):

@@ -63,8 +63,9 @@ class Node:
         window.Lock_all()
         arrays = []
         for rank, size in enumerate(sizes):
+            memory: Any  # mpi4py's buffer, which mypy does not know as one
             memory, _ = window.Shared_query(rank)
-            arrays.append(np.frombuffer(memory, dtype=dtype, count=size) if size else np.zeros(0, dtype))
+            arrays.append(np.ndarray((size,), dtype, buffer=memory))
         arrays[self.rank][:] = 0  # each rank touches its own pages first, so they lie near its core
         return arrays
 

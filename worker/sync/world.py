@@ -14,6 +14,7 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from protos.exit_codes import ExitCode
 from worker.errors import Fault, UsageFault
 
 T = TypeVar("T")
@@ -28,7 +29,7 @@ class AgreedFault(Fault):
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
-        self.exit_code = exit_code  # type: ignore[assignment]  # it travelled between ranks as a plain number
+        self.exit_code = ExitCode(exit_code)
 
 
 class World:
@@ -57,6 +58,8 @@ class World:
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.host = socket.gethostname()
+        # Any: mpi4py's types call what Split returns a Comm, and windows want an Intracomm, which it is.
+        self.node_comm: Any
         if ranks_per_node is None:
             self.node_comm = self.comm.Split_type(MPI.COMM_TYPE_SHARED)
         else:
@@ -82,11 +85,11 @@ class World:
         failed = [(rank, fault) for rank, fault in enumerate(faults) if fault is not None]
         if not failed:
             return result  # type: ignore[return-value]  # no fault: act() has returned a T
-        rank, fault = failed[0]
+        rank, first = failed[0]
         same_everywhere = len(failed) == self.size
         # What rank 0 does on behalf of all (opening the output folder, say) is nobody's own fault either.
-        place = "" if same_everywhere or rank == 0 else f"rank {rank} of {self.size} on {fault['host']}: "
-        raise AgreedFault(place + fault["message"], fault["exit_code"])
+        place = "" if same_everywhere or rank == 0 else f"rank {rank} of {self.size} on {first['host']}: "
+        raise AgreedFault(place + first["message"], first["exit_code"])
 
     def gather_everywhere(self, value: Any) -> list[Any]:
         """Everyone's JSON-able value, by rank, on every rank."""
@@ -110,5 +113,6 @@ class World:
 
     def abort(self, exit_code: int) -> NoReturn:
         """End every rank of the job at once."""
-        self.comm.Abort(exit_code)
-        raise SystemExit(exit_code)  # Abort does not return
+        if self.size > 1:
+            self.comm.Abort(exit_code)
+        raise SystemExit(exit_code)
