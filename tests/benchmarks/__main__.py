@@ -16,7 +16,7 @@ from coordinator.launchers.local import LauncherMissing
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, Contender, Run
 from tests.benchmarks.data_set import write_images
-from tests.benchmarks.machine import busy_warning, machine_facts
+from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
 from tests.benchmarks.measurement import BenchmarkFailed, Measurement
 from tests.benchmarks.rounds import run_rounds
 from tests.benchmarks.table import footprint_table, format_markdown, format_text, throughput_table
@@ -24,7 +24,7 @@ from tests.benchmarks.table import footprint_table, format_markdown, format_text
 PEERS_ENVIRONMENT = Path(".venv-peers")
 CAPTION = """\
 Training with Adam, ReLU and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28.
-Median [lowest .. highest] of {rounds} rounds; in a round the sides take turns, and ratios are taken within rounds.
+Median [lowest .. highest] over the rounds ({rounds}); in a round the sides take turns; ratios are taken within rounds.
 samples/s: steady state, all ranks together: every step of every epoch but the first, data loading and shuffling
 included; Paceline's reports and the checkpoint it writes after each epoch are not (the peers write none).
 Seconds to first step: from the start of rank 0's process to the end of its first step, imports and data included, the
@@ -96,7 +96,7 @@ def main() -> int:
     rounds, seconds = arguments.rounds, arguments.seconds
     if arguments.quick:
         cases, rounds, seconds = [case.shortened() for case in cases], 1, None
-    warning = busy_warning(os.getloadavg()[0])
+    warning = busy_warning(busy_cores())
     if warning:
         tell(f"warning: {warning}")
 
@@ -115,8 +115,8 @@ def main() -> int:
         facts["warning"] = "--quick: one round of a few steps; these figures say only that everything runs"
     tables = throughput_table(results, cases, CONTENDERS), footprint_table(results, cases, CONTENDERS)
     caption = CAPTION.format(rounds=rounds)
-    print("\n".join(f"{name:<10} {fact}" for name, fact in facts.items()))
-    print("", *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
+    listed = "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+    print(listed, *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
     if arguments.markdown:
         listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
         print("", listed, *map(format_markdown, tables), caption, sep="\n\n")

@@ -2,13 +2,15 @@
 
 import os
 import platform
+import time
 from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
 import numpy as np
 
-BUSY_LOAD = 0.5  # runnable processes besides ours, averaged over a minute
+LISTENING_SECONDS = 1.0
+BUSY_CORES = 0.1
 
 
 def machine_facts(peer_versions: Iterable[str]) -> dict[str, str]:
@@ -49,8 +51,23 @@ def mpi_version() -> str:
         return "the machine's own MPI"
 
 
-def busy_warning(load: float) -> str | None:
-    """A sentence when others were running before the benchmark started, from the load average of the last minute."""
-    if load <= BUSY_LOAD:
+def busy_cores(seconds: float = LISTENING_SECONDS) -> float:
+    """How many cores others keep busy, found by doing nothing for so long."""
+    idle_before = _idle_seconds()
+    began = time.monotonic()
+    time.sleep(seconds)
+    elapsed = time.monotonic() - began
+    return max(0.0, (os.cpu_count() or 1) - (_idle_seconds() - idle_before) / elapsed)
+
+
+def _idle_seconds() -> float:
+    """Of all cores together since the machine started; waiting for a disk counts as idle."""
+    _, _, _, idle, waiting, *_ = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    return (int(idle) + int(waiting)) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_warning(cores: float) -> str | None:
+    """A sentence when others were running before the benchmark started."""
+    if cores <= BUSY_CORES:
         return None
-    return f"the load average is {load:.1f}: other programs are running, so do not trust these figures"
+    return f"other programs keep {cores:.1f} cores busy: do not trust these figures"

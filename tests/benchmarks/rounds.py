@@ -4,6 +4,7 @@ Rules: whatever drifts (heat, a neighbour on the machine) then meets both sides 
 it warms the file cache and says how many epochs each contender needs to fill the asked seconds.
 """
 
+import time
 from collections.abc import Callable, Sequence
 
 from tests.benchmarks.cases import Case
@@ -40,11 +41,13 @@ def run_rounds(
         title = f"round {number} of {rounds}" if number else "warm-up"
         for case, contender in pairs:
             key = case.name, contender.name
+            began = time.monotonic()
             try:
                 measured = measure(case, contender, epochs[key])
             except BenchmarkFailed as failed:
                 raise BenchmarkFailed(f"{contender.name} on {case.title}: {failed}") from failed
-            say(f"{title}  {case.name}  {contender.name}  {measured.samples_per_second:,.0f} samples/s")
+            rate, took = f"{measured.samples_per_second:,.0f} samples/s", f"{time.monotonic() - began:.1f} s"
+            say(f"{title}  {case.name}  {contender.name}  {rate}  ({took})")
             if number:
                 results[key].append(measured)
             elif seconds:

@@ -49,7 +49,7 @@ def throughput_table(results: Results, cases: Sequence[Case], contenders: Sequen
                     _scaling_cell(results, case, contender, contenders),
                 )
             )
-    headings = ("network", "ranks", "", "samples/s", "ours / best peer", "over 1 rank")
+    headings = ("network", "ranks", "program", "samples/s", "ours / best peer", "over 1 rank")
     return Table(headings, rows)
 
 
@@ -65,7 +65,7 @@ def footprint_table(results: Results, cases: Sequence[Case], contenders: Sequenc
                     *_metric_cells(results, case, contender, contenders, MEMORY),
                 )
             )
-    headings = ("network", "ranks", "", FIRST_STEP.title, "ours / best peer", MEMORY.title, "ours / best peer")
+    headings = ("network", "ranks", "program", FIRST_STEP.title, "ours / best peer", MEMORY.title, "ours / best peer")
     return Table(headings, rows)
 
 
