@@ -129,7 +129,8 @@ OPTIMIZERS: Final[dict[str, Callable[[Any], Optimizer]]] = {
 
 def make_optimizer(spec: job_pb2.Optimizer) -> Optimizer:
     """The optimizer a resolved job names. UsageFault when it names none or a setting is absent."""
-    return OPTIMIZERS[spec.WhichOneof("kind") or ""](_options(spec))
+    options = _options(spec)
+    return OPTIMIZERS[spec.WhichOneof("kind") or ""](options)
 
 
 def base_learning_rate(spec: job_pb2.Optimizer) -> float:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 from protos import job_pb2
 from worker.engine import functions
 from worker.engine.params import FloatArray, Parameter, Shape
+from worker.errors import ModelFault
 
 
 class Elementwise:
@@ -109,8 +110,10 @@ class LeakyRelu(Elementwise):
     """f(x) = max(alpha x, x) with 0 <= alpha < 1."""
 
     def __init__(self, options: job_pb2.LeakyReluLayer, input_shape: Shape) -> None:
-        """Any shape will do."""
+        """ModelFault when alpha is absent: read as 0 it would quietly make this a ReLU."""
         super().__init__(options, input_shape)
+        if not options.HasField("alpha"):
+            raise ModelFault("alpha: is absent, a resolved job has it")
         self.alpha = options.alpha
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:

@@ -1,0 +1,55 @@
+"""What a job must fulfil to be taken: the rules of the job file, and what this coordinator has and allows.
+
+Rules: every fault is found at once, and each names its place in the job file. A path is judged by where it leads once
+every link is followed; the same answer is given for a file that is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from google.protobuf.message import Message
+
+from protos import job_pb2
+from protos.rules import Violation, check, rule_of
+
+
+def violations_of(spec: job_pb2.JobSpec, data_roots: Sequence[Path], slots: int) -> list[Violation]:
+    """Every reason not to take the job; `data_roots` are resolved, and none of them means every place is allowed."""
+    return [*check(spec), *_path_violations(spec, "", data_roots), *_slot_violations(spec, slots)]
+
+
+def _slot_violations(spec: job_pb2.JobSpec, slots: int) -> Iterator[Violation]:
+    if spec.workers > slots:
+        has = f"{spec.workers} is more than this coordinator's {slots} {'slot' if slots == 1 else 'slots'}"
+        yield Violation("workers", f"{has}; start it with --slots {spec.workers} or ask for {slots} at most")
+
+
+def _path_violations(message: Message, place: str, data_roots: Sequence[Path]) -> Iterator[Violation]:
+    for field, value in message.ListFields():
+        here = f"{place}.{field.name}" if place else field.name
+        if field.message_type is not None:
+            parts = [(value, here)] if not field.is_repeated else [(v, f"{here}[{i}]") for i, v in enumerate(value)]
+            for part, part_place in parts:
+                yield from _path_violations(part, part_place, data_roots)
+        elif rule_of(field).path and (fault := _path_fault(value, data_roots)):
+            yield Violation(here, fault)
+
+
+def _path_fault(text: str, data_roots: Sequence[Path]) -> str | None:
+    path = Path(text)
+    if "\0" in text:
+        return f"{text!r} is not a path"
+    if not path.is_absolute():
+        return f"{text!r} is not absolute: the coordinator does not know the folder it is meant from"
+    if not data_roots:
+        return None
+    try:
+        real = path.resolve()
+    except (OSError, RuntimeError) as fault:  # a loop of links, a folder that may not be entered
+        return f"{text!r} cannot be resolved: {fault}"
+    if any(real.is_relative_to(root) for root in data_roots):
+        return None
+    allowed = ", ".join(map(str, data_roots))
+    return f"{text!r} is not under a folder this coordinator may read from: {allowed} (set by --data-root)"

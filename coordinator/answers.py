@@ -1,0 +1,113 @@
+"""How the service answers: a refusal becomes a google.rpc.Status, our own mistakes are logged, streams are counted.
+
+Rules: every error carries an ErrorInfo whose reason is the refusal's word; the faults of a job file ride along as
+BadRequest field violations. The sync server gives each stream a thread, so their number is limited and short calls
+always find one.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any, Protocol, TypeVar
+
+import grpc
+from google.protobuf import any_pb2
+from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no stubs
+from grpc_status import rpc_status
+
+from coordinator.refusals import Refused
+
+DOMAIN = "paceline"
+STREAMS_AT_MOST = 64
+SHORT_CALLS_AT_MOST = 32  # threads beside those of the streams
+
+STATUS_CODES: dict[str, grpc.StatusCode] = {
+    "AttemptOver": grpc.StatusCode.FAILED_PRECONDITION,
+    "CoordinatorStopping": grpc.StatusCode.UNAVAILABLE,
+    "FileChanged": grpc.StatusCode.DATA_LOSS,
+    "InvalidJob": grpc.StatusCode.INVALID_ARGUMENT,
+    "InvalidRequest": grpc.StatusCode.INVALID_ARGUMENT,
+    "JobEnded": grpc.StatusCode.FAILED_PRECONDITION,
+    "JobNotEnded": grpc.StatusCode.FAILED_PRECONDITION,
+    "JobNotFound": grpc.StatusCode.NOT_FOUND,
+    "NoOutput": grpc.StatusCode.FAILED_PRECONDITION,
+    "NoSuchRank": grpc.StatusCode.INVALID_ARGUMENT,
+    "RequestIdReused": grpc.StatusCode.ALREADY_EXISTS,
+    "TokenMissing": grpc.StatusCode.UNAUTHENTICATED,
+    "TokenRefused": grpc.StatusCode.PERMISSION_DENIED,
+    "TooManyStreams": grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
+
+log = logging.getLogger("paceline.service")
+Request = TypeVar("Request")
+Response = TypeVar("Response")
+
+
+class HasStreams(Protocol):
+    """A servicer whose streams are counted."""
+
+    streams: threading.Semaphore
+
+
+Servicer = TypeVar("Servicer", bound=HasStreams)
+
+
+def answer(
+    method: Callable[[Any, Request, grpc.ServicerContext], Response],
+) -> Callable[[Any, Request, grpc.ServicerContext], Response]:
+    """A unary method that may raise Refused."""
+
+    @functools.wraps(method)
+    def answered(self: Any, request: Request, context: grpc.ServicerContext) -> Response:
+        try:
+            return method(self, request, context)
+        except Exception as fault:  # whatever it is, the caller gets a status and not a broken line
+            refuse(context, fault)
+            raise AssertionError("refuse() aborts the call") from fault
+
+    return answered
+
+
+def answer_stream(
+    method: Callable[[Servicer, Request, grpc.ServicerContext], Iterator[Response]],
+) -> Callable[[Servicer, Request, grpc.ServicerContext], Iterator[Response]]:
+    """A streaming method that may raise Refused, also halfway."""
+
+    @functools.wraps(method)
+    def answered(self: Servicer, request: Request, context: grpc.ServicerContext) -> Iterator[Response]:
+        if not self.streams.acquire(blocking=False):
+            message = f"{STREAMS_AT_MOST} streams are open, which is all this coordinator has; try again later"
+            refuse(context, Refused("TooManyStreams", message))
+        try:
+            yield from method(self, request, context)
+        except Exception as fault:  # as in `answer`; the end of a stream whose caller went away is no Exception
+            refuse(context, fault)
+        finally:
+            self.streams.release()
+
+    return answered
+
+
+def refuse(context: grpc.ServicerContext, fault: Exception) -> None:
+    """End the call with the status of a refusal; with INTERNAL and one line in our log for anything else."""
+    if isinstance(fault, Refused):
+        code, reason, message = STATUS_CODES[fault.reason], fault.reason, fault.message
+    else:
+        log.error("a call failed", exc_info=fault)
+        code, reason = grpc.StatusCode.INTERNAL, "Internal"
+        message = f"the coordinator failed: {type(fault).__name__}: {fault}; its log has more"
+    details: list[Any] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
+    if isinstance(fault, Refused) and fault.violations:
+        faults = [
+            error_details_pb2.BadRequest.FieldViolation(field=path, description=text) for path, text in fault.violations
+        ]
+        details.append(error_details_pb2.BadRequest(field_violations=faults))
+    status = status_pb2.Status(code=code.value[0], message=message)
+    for detail in details:
+        packed = any_pb2.Any()
+        packed.Pack(detail)
+        status.details.append(packed)
+    context.abort_with_status(rpc_status.to_status(status))

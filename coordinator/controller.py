@@ -1,0 +1,314 @@
+"""The only loop: observes launched jobs, decides, persists, acts.
+
+Rules: a job's state changes under one lock and is on disk before anyone is told or any process is touched. A call
+(submit, cancel, report) only writes down what is wanted or was seen; the loop makes it so. What happens to a launched
+job is decided when its processes are gone, never before, so that its slots are free when they are given away.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+from coordinator import auth, jobs
+from coordinator.changes import Changes
+from coordinator.folders import JobFolder, SummaryUnreadable, job_folder
+from coordinator.jobs import Event, Job, JobState
+from coordinator.launchers.local import Cause, LauncherMissing
+from coordinator.leftovers import end_leftovers, identify
+from coordinator.metrics import Metrics
+from coordinator.refusals import Refused, no_such_job
+from coordinator.scheduler import Capacity, GiveUp, Start, Wait, decide
+from coordinator.store import Store
+from protos import coordinator_pb2, job_pb2
+
+POLL_SECONDS = 0.05  # how soon the end of a process is seen; with nothing launched the loop sleeps until it is woken
+RETRY_SECONDS = 1.0  # after a fault of the loop itself, such as a full disk
+
+log = logging.getLogger("paceline.controller")
+
+
+class Running(Protocol):
+    """A started launch (launchers.local.Running)."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+
+    def terminate(self, grace_seconds: float) -> int: ...
+
+
+class Launcher(NamedTuple):
+    """What the controller needs of a launcher."""
+
+    start: Callable[[Job, str, JobFolder], Running]  # the job, its token, its folder; OSError or LauncherMissing
+    explain: Callable[[int, Path], Cause]  # exit code and log folder
+
+
+@dataclass
+class _Run:
+    """A launched job's processes, and the end that was decided for them when it is not their own."""
+
+    running: Running
+    ending: jobs.Broke | None = None
+    stopper: threading.Thread | None = None
+
+
+class Controller:
+    """The state of every job that has not ended. Threads may call submit, cancel, report and stop."""
+
+    def __init__(
+        self,
+        *,
+        store: Store,
+        launcher: Launcher,
+        metrics: Metrics,
+        changes: Changes,
+        state: Path,
+        capacity: Capacity,
+        clock: Callable[[], datetime],
+        grace_seconds: float = 5.0,
+    ) -> None:
+        self._store = store
+        self._launcher = launcher
+        self._metrics = metrics
+        self._changes = changes
+        self._state = state
+        self._capacity = capacity
+        self._clock = clock
+        self._grace_seconds = grace_seconds
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._stopping = False
+        self._jobs: dict[str, Job] = {}  # open jobs, in the order of submission
+        self._runs: dict[str, _Run] = {}
+        self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
+        self.fault: str | None = None  # what the loop last stumbled over, None when its last round was good
+
+    # ------------------------------------------------------------------------------------------- what calls write down
+
+    def submit(self, spec: job_pb2.JobSpec, request_id: str = "") -> Job:
+        """Queue a checked and resolved job; the same request again returns the first job."""
+        with self._lock:
+            if request_id and (first := self._store.request(request_id)) is not None:
+                if first.spec == spec:
+                    return first
+                message = f"request id {request_id!r} made job {first.id} from another job file: use a new id"
+                raise Refused("RequestIdReused", message)
+            if self._stopping:
+                raise Refused("CoordinatorStopping", "the coordinator is stopping and takes no jobs")
+            while True:
+                job = jobs.submitted(jobs.new_id(spec.name), spec, self._clock())
+                try:
+                    self._store.add(job, request_id)
+                except KeyError:
+                    continue  # the id is taken; 30 random bits make a second one free
+                self._jobs[job.id] = job
+                self._wake.set()
+                return job
+
+    def cancel(self, job_id: str) -> Job:
+        """Ask for the job's end; asking again is no fault until it has ended."""
+        with self._lock:
+            job = self._open(job_id, "there is nothing left to cancel")
+            if job.state is not JobState.CANCELLING:
+                job = self._move(job, jobs.CancelAsked())
+                self._wake.set()
+            return job
+
+    def report(
+        self,
+        job_id: str,
+        secret: str,
+        attempt: int,
+        reports: Sequence[job_pb2.Report],
+        ranks: Sequence[coordinator_pb2.RankReport],
+    ) -> None:
+        """Take in what the ranks of a launched job measured."""
+        with self._lock:
+            job = self._jobs.get(job_id)
+            if job is None and self._store.get(job_id) is None:
+                raise no_such_job(job_id)
+            if job is None or not auth.matches(secret, job.token_digest):
+                raise Refused("TokenRefused", f"this token is not one of job {job_id}, or the job has ended")
+            if attempt != job.attempt:
+                raise Refused("AttemptOver", f"job {job_id} is at attempt {job.attempt}, this reports for {attempt}")
+            for rank in ranks:
+                if not 0 <= rank.rank < job.slots:
+                    raise Refused("NoSuchRank", f"job {job_id} has no rank {rank.rank}: it has {job.slots}, from 0")
+            new = self._store.add_reports(job_id, attempt, reports)
+            self._metrics.reported(job_id, new, ranks)
+            if job.state is JobState.STARTING:
+                self._move(job, jobs.Reported())
+            elif new:
+                self._changes.ring()
+
+    def _open(self, job_id: str, consequence: str) -> Job:
+        if (job := self._jobs.get(job_id)) is not None:
+            return job
+        if (ended := self._store.get(job_id)) is None:
+            raise no_such_job(job_id)
+        raise Refused("JobEnded", f"job {job_id} is {ended.state}: {consequence}")
+
+    # --------------------------------------------------------------------------------------------------- life and loop
+
+    def start(self) -> None:
+        """Bring the jobs of an earlier coordinator to an honest state, then begin to work."""
+        with self._lock:
+            for job in self._store.open_jobs():
+                self._jobs[job.id] = job
+                if job.state is not JobState.QUEUED:
+                    self._settle(job)
+        self._thread.start()
+
+    def _settle(self, job: Job) -> None:
+        """End a job whose launcher was another coordinator's child: nobody can tell its exit code any more."""
+        try:
+            count = end_leftovers(job, self._grace_seconds)
+            found = f"{count} of its processes were still there and were ended" if count else "its processes were gone"
+        except TimeoutError as fault:
+            found = str(fault)
+        if job.state is JobState.CANCELLING:
+            self._move(job, jobs.Stopped(f"cancelled; {found} when the coordinator came back"))
+        else:
+            message = f"the coordinator was killed while this job was {job.state}; {found}: submit it again"
+            self._move(job, jobs.Broke("CoordinatorRestarted", message))
+
+    def stop(self) -> None:
+        """End every launched job, then the loop. Queued jobs stay queued for the next start."""
+        broke = jobs.Broke("CoordinatorStopped", "the coordinator was stopped while this job ran: submit it again")
+        with self._lock:
+            self._stopping = True
+            for run in self._runs.values():
+                run.ending = run.ending or broke
+        self._wake.set()
+        if self._thread.ident is None:  # start() failed
+            return
+        self._thread.join(self._grace_seconds + 15)  # SIGTERM's grace, SIGKILL's, and something for a busy machine
+        if self._thread.is_alive():
+            log.error("launched jobs did not end in time: %s", ", ".join(self._runs))
+
+    def _loop(self) -> None:
+        while True:
+            self._wake.clear()
+            try:
+                with self._lock:
+                    self._observe()
+                    self._decide()
+                    self._stop_unwanted()
+                    self._metrics.slots_used(sum(job.slots for job in self._jobs.values() if job.id in self._runs))
+                    if self._stopping and not self._runs:
+                        return
+                    launched = bool(self._runs)
+                self.fault = None
+            except Exception as fault:  # a full disk or a locked file must not end the loop that every job depends on
+                log.exception("the controller's loop failed; it tries again in %g s", RETRY_SECONDS)
+                self.fault = f"{type(fault).__name__}: {fault}"
+                time.sleep(RETRY_SECONDS)
+                continue
+            self._wake.wait(POLL_SECONDS if launched else None)
+
+    # -------------------------------------------------------------------------------------------------- observe and end
+
+    def _observe(self) -> None:
+        for job_id, run in list(self._runs.items()):
+            job = self._jobs[job_id]
+            try:
+                exit_code = run.running.poll()
+                if exit_code is None or (run.stopper is not None and run.stopper.is_alive()):
+                    continue
+                end = self._end(job, run, exit_code)
+            except TimeoutError as fault:  # the launcher ended and a rank cannot be killed: stuck in the kernel
+                cancelling = job.state is JobState.CANCELLING
+                end = jobs.Stopped(str(fault)) if cancelling else jobs.Broke("ProcessesRemain", str(fault))
+            self._move(job, end)
+            del self._runs[job_id]
+
+    def _end(self, job: Job, run: _Run, exit_code: int) -> Event:
+        """What the end of a job's processes means."""
+        if job.state is JobState.CANCELLING:
+            return jobs.Stopped("cancelled; its ranks have ended")
+        if run.ending is not None:
+            return run.ending
+        folder = job_folder(self._state, job.id)
+        if exit_code == 0:
+            try:
+                return jobs.Finished(folder.summary())
+            except SummaryUnreadable as fault:
+                return jobs.Broke("NoSummary", f"{fault}; `paceline logs {job.id}` shows what its ranks said")
+        cause = self._launcher.explain(exit_code, folder.logs)
+        last_lines = "".join(f"\n  {line}" for line in cause.last_lines)
+        return jobs.Broke(cause.reason, cause.message + (f"\nlast log lines:{last_lines}" if last_lines else ""))
+
+    # --------------------------------------------------------------------------------------------------- decide and act
+
+    def _decide(self) -> None:
+        if self._stopping:
+            return
+        for action in decide(self._clock(), list(self._jobs.values()), self._capacity):
+            match action:
+                case Start(job_id):
+                    self._launch(self._jobs[job_id])
+                case Wait(job_id, reason, message, position):
+                    job, waited = self._jobs[job_id], jobs.Waited(reason, message, position)
+                    if (job.reason, job.message, job.queue_position) != waited:
+                        self._move(job, waited)
+                case GiveUp(job_id, reason, message):
+                    broke = jobs.Broke(reason, message)
+                    if (run := self._runs.get(job_id)) is None:  # a fault of ours came between its slots and its launch
+                        self._move(self._jobs[job_id], broke)
+                    else:
+                        run.ending = run.ending or broke
+
+    def _launch(self, job: Job) -> None:
+        token = auth.new_token()
+        now = self._clock()
+        job = self._move(job, jobs.Admitted(token.digest))
+        self._metrics.started((now - job.create_time).total_seconds())
+        folder = job_folder(self._state, job.id)
+        try:
+            folder.create(job)
+            running = self._launcher.start(job, token.secret, folder)
+        except (OSError, LauncherMissing) as fault:
+            self._move(job, jobs.Broke("LaunchFailed", f"could not be launched: {fault}"))
+            self._wake.set()
+            return
+        self._runs[job.id] = _Run(running)
+        if (process := identify(running.pid)) is not None:  # None: it ended already, and is observed next round
+            self._move(job, jobs.Launched(process))
+
+    def _stop_unwanted(self) -> None:
+        for job_id, run in self._runs.items():
+            unwanted = run.ending is not None or self._jobs[job_id].state is JobState.CANCELLING
+            if unwanted and run.stopper is None:
+                run.stopper = threading.Thread(target=self._terminate, args=(job_id, run.running), daemon=True)
+                run.stopper.start()
+
+    def _terminate(self, job_id: str, running: Running) -> None:
+        """Wait for a job's processes to end, beside the loop: other jobs go on meanwhile."""
+        try:
+            running.terminate(self._grace_seconds)
+        except TimeoutError as fault:
+            log.error("job %s will not end: %s", job_id, fault)
+        self._wake.set()
+
+    def _move(self, job: Job, event: Event) -> Job:
+        """Advance, persist, tell."""
+        moved = jobs.advance(job, event, self._clock())
+        self._store.save(moved)
+        if moved.state is not job.state:
+            log.info("job %s: %s: %s", moved.id, moved.state, moved.message)
+        if moved.ended:
+            del self._jobs[moved.id]
+            self._metrics.ended(moved.id)
+            self._wake.set()
+        else:
+            self._jobs[moved.id] = moved
+        self._changes.ring()
+        return moved

@@ -1,0 +1,226 @@
+"""`paceline run`: trains here and now through mpirun, without a coordinator.
+
+Rules: the workers do the work and write the output folder; this process starts them, reads metrics.jsonl as it grows,
+and ends them when it is itself told to end. Nothing is made in the output folder by this side but `logs`, moved there
+when all is over.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from pathlib import Path
+
+from google.protobuf import json_format
+
+from coordinator.faults import CommandFault
+from coordinator.interruption import Interrupted, stop_signals
+from coordinator.launchers.local import (
+    Cause,
+    Launch,
+    LauncherMissing,
+    Running,
+    available_cores,
+    explain,
+    find_mpirun,
+    find_worker,
+    render,
+    start,
+)
+from coordinator.presentation import facts_text, json_line, printable, summary_facts
+from coordinator.progress import Display, open_display
+from protos import job_pb2
+from protos.exit_codes import ExitCode
+from protos.job_file import JobFileInvalid, read_job_file
+
+METRICS = "metrics.jsonl"
+SUMMARY = "summary.json"
+# What tells that a folder holds a run; the worker refuses it too, but only once MPI is up.
+RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", "checkpoints")
+POLL_SECONDS = 0.1
+GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
+
+
+@dataclass(frozen=True)
+class RunOptions:
+    """What was typed."""
+
+    job_file: Path
+    ranks: int | None  # None takes `workers` of the job file
+    output: Path | None  # None makes a folder under ./runs
+    settings: tuple[str, ...] = ()
+    resume: bool = False
+    as_json: bool = False
+
+
+def run(options: RunOptions) -> int:
+    """Train and return the exit code; CommandFault says what went wrong."""
+    settings = options.settings
+    if options.ranks is not None:
+        settings = (*settings, f"workers={options.ranks}")
+    job = load_job(options.job_file, settings)
+    if options.resume and options.output is None:
+        raise CommandFault("--resume needs -o DIR, the folder of the run to go on with", ExitCode.USAGE)
+    output = options.output if options.output is not None else new_folder(job.name, datetime.now())
+    check_output(output, options.resume)
+    log_dir = Path(tempfile.mkdtemp(prefix="paceline-run-"))
+    launch = _plan(options, settings, output, log_dir, job)
+
+    with stop_signals():
+        try:
+            with open_display(options.as_json, job.training.epochs) as display:
+                display.state(f"{printable(job.name)}: starting {_workers(job.workers)}")
+                exit_code = _train(launch, log_dir, MetricsTail(output / METRICS, old=options.resume), display)
+        except Interrupted as interrupted:
+            logs = keep_logs(log_dir, output)
+            say(_interrupted_words(interrupted, options, output, logs))
+            return interrupted.exit_code
+    cause = explain(exit_code, log_dir) if exit_code else None
+    logs = keep_logs(log_dir, output)
+    if cause is not None:
+        raise CommandFault(
+            failure_text(cause, logs), ExitCode.USAGE if exit_code == ExitCode.USAGE else ExitCode.FAILED
+        )
+    _print_result(options, job, output)
+    return ExitCode.DONE
+
+
+def load_job(path: Path, settings: Sequence[str]) -> job_pb2.JobSpec:
+    """The checked job; every violation is a line of the CommandFault."""
+    try:
+        return read_job_file(path, settings)
+    except JobFileInvalid as invalid:
+        raise CommandFault(str(invalid), ExitCode.USAGE) from invalid
+
+
+def new_folder(name: str, now: datetime) -> Path:
+    """`runs/NAME-TIME`, with the name reduced to what every file system takes."""
+    safe = "".join(c if c.isalnum() or c in "-_." else "-" for c in name).strip("-.") or "job"
+    return Path("runs") / f"{safe[:60]}-{now:%Y%m%d-%H%M%S}"
+
+
+def check_output(folder: Path, resume: bool) -> None:
+    """Refuse to write over a run, and to resume what is none."""
+    if folder.exists() and not folder.is_dir():
+        raise CommandFault(f"{folder} is a file; name a folder with -o", ExitCode.USAGE)
+    held = [name for name in RUN_FILES if (folder / name).exists()]
+    if held and not resume:
+        remedy = "go on with it by --resume, or name another folder with -o"
+        raise CommandFault(f"{folder} already holds a run ({', '.join(held)}); {remedy}", ExitCode.USAGE)
+    if resume and not held:
+        raise CommandFault(f"{folder} holds no run to resume; leave --resume out to start one", ExitCode.USAGE)
+
+
+def _plan(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path, job: job_pb2.JobSpec) -> Launch:
+    cores = available_cores()
+    if job.workers > cores:
+        say(
+            f"warning: {job.workers} workers share {cores} cores and wait for each other; more than {cores} is no faster"
+        )
+    arguments = ["train", str(options.job_file), "-o", str(output), "--log-dir", str(log_dir)]
+    for setting in settings:
+        arguments += ["--set", setting]
+    if options.resume:
+        arguments.append("--resume")
+    try:
+        mpirun, worker = find_mpirun(), find_worker()
+    except LauncherMissing as missing:
+        raise CommandFault(str(missing)) from missing
+    return render(mpirun=mpirun, worker=worker, ranks=job.workers, cores=cores, arguments=arguments, forwarded={})
+
+
+def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display) -> int:
+    """Run the launch to its end, showing each new report."""
+    running: Running | None = None
+    try:
+        running = start(launch, log_dir)
+        while True:
+            exit_code = running.wait(POLL_SECONDS)
+            for report in tail.read():  # after the look at the process: what it wrote last is read too
+                display.report(report)
+            if exit_code is not None:
+                return exit_code
+    finally:
+        if running is not None and running.poll() is None:
+            running.terminate(GRACE_SECONDS)
+
+
+class MetricsTail:
+    """Reads the reports added to metrics.jsonl.
+
+    A resumed run writes the file anew without the steps it will do again: lines it had before are no news.
+    """
+
+    def __init__(self, path: Path, old: bool) -> None:
+        self._path = path
+        self._known = set(path.read_bytes().splitlines()) if old and path.exists() else set()
+        self._inode = 0
+        self._offset = 0
+
+    def read(self) -> Iterator[job_pb2.Report]:
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115  # closed by the with below; only its absence is expected
+        except FileNotFoundError:
+            return
+        with file:
+            inode = os.fstat(file.fileno()).st_ino
+            if inode != self._inode:
+                self._inode, self._offset = inode, 0
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._offset += len(line)
+                if line.rstrip(b"\n") not in self._known:
+                    yield json_format.Parse(line, job_pb2.Report(), ignore_unknown_fields=True)
+
+
+def keep_logs(log_dir: Path, output: Path) -> Path:
+    """Move the logs into the output folder if the run got as far as making one, and say where they are now."""
+    if not any((output / name).exists() for name in RUN_FILES):
+        return log_dir
+    number = 1
+    while (kept := output / ("logs" if number == 1 else f"logs-{number}")).exists():
+        number += 1  # a resumed run leaves the logs of the run before alone
+    shutil.move(log_dir, kept)
+    return kept
+
+
+def failure_text(cause: Cause, logs: Path) -> str:
+    """One short message, the log's last lines, and where the rest is."""
+    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), f"logs: {logs}"])
+
+
+def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Path, logs: Path) -> str:
+    checkpoints = output / "checkpoints"
+    where = f"logs: {logs}"
+    if checkpoints.is_dir() and any(checkpoints.iterdir()):
+        return f"stopped by {interrupted}; go on with: paceline run {options.job_file} -o {output} --resume ({where})"
+    return f"stopped by {interrupted}, before there was a checkpoint ({where})"
+
+
+def _print_result(options: RunOptions, job: job_pb2.JobSpec, output: Path) -> None:
+    try:
+        text = (output / SUMMARY).read_text()
+        summary = json_format.Parse(text, job_pb2.Summary(), ignore_unknown_fields=True)
+    except (OSError, json_format.ParseError) as error:
+        raise CommandFault(f"the workers ended well but left no readable {output / SUMMARY}: {error}") from error
+    if options.as_json:
+        print(json_line({"summary": json.loads(text), "output": str(output)}))
+    else:
+        print(f"{printable(job.name)}: done\n{facts_text([*summary_facts(summary), ('output folder', str(output))])}")
+
+
+def _workers(count: int) -> str:
+    return f"{count} worker" if count == 1 else f"{count} workers"
+
+
+def say(line: str) -> None:
+    """A line beside the output proper."""
+    print(line, file=sys.stderr, flush=True)

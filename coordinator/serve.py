@@ -1,0 +1,277 @@
+"""Builds the coordinator out of its parts and runs it until it is told to stop.
+
+Rules: everything that can refuse to start does so before a job is touched: the folder's lock, the store, both ports.
+Settings arrive as arguments; the parts get clock, registry and paths from here and read none of their own.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from types import FrameType
+
+import grpc
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import CollectorRegistry
+
+from coordinator.addresses import Address, AddressInvalid, AddressUnusable, check_free, parse_address, unusable
+from coordinator.answers import SHORT_CALLS_AT_MOST, STREAMS_AT_MOST
+from coordinator.changes import Changes
+from coordinator.controller import Controller, Launcher
+from coordinator.folders import JobFolder
+from coordinator.http_port import HttpPort
+from coordinator.jobs import Job
+from coordinator.launchers import local
+from coordinator.metrics import Metrics
+from coordinator.scheduler import Capacity
+from coordinator.service import CoordinatorService
+from coordinator.store import Store, StoreUnusable
+from protos import coordinator_pb2, coordinator_pb2_grpc, environment
+from protos.exit_codes import ExitCode
+
+CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
+SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
+_UNSERVED = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
+
+
+class CannotServe(Exception):
+    """The coordinator cannot start; the message says why and what to do."""
+
+    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a coordinator is told. Port 0 takes a free one."""
+
+    listen: Address
+    http: Address
+    state: Path
+    data_roots: tuple[Path, ...]  # resolved; none means jobs may read anywhere
+    slots: int
+    mpirun: str
+    worker: str
+    start_deadline_seconds: float = 60.0
+    grace_seconds: float = 5.0
+
+
+def serve(listen: str, http: str, state: Path, data_roots: Sequence[Path], slots: int) -> int:
+    """Run a coordinator until SIGTERM or SIGINT and return the exit code.
+
+    listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
+    data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
+    """
+    logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
+    stop = threading.Event()
+
+    def asked(_number: int, _frame: FrameType | None) -> None:
+        stop.set()
+
+    previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        settings = read_settings(listen, http, state, data_roots, slots)
+        with running(settings) as coordinator:
+            print(coordinator.ready_line(), flush=True)
+            stop.wait()
+    except CannotServe as fault:
+        print(f"error: {fault}", file=sys.stderr)
+        return fault.exit_code
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+    return ExitCode.DONE
+
+
+def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[Path], slots: int) -> Settings:
+    """Check what was typed, raising CannotServe; warns when others can reach the coordinator."""
+    try:
+        listen_address, http_address = parse_address("--listen", listen), parse_address("--http", http)
+    except AddressInvalid as fault:
+        raise CannotServe(str(fault), ExitCode.USAGE) from fault
+    if slots < 1:
+        raise CannotServe(f"--slots: {slots} is not at least 1", ExitCode.USAGE)
+    for root in data_roots:
+        if not root.is_dir():
+            raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
+    try:
+        mpirun, worker = local.find_mpirun(), local.find_worker()
+    except local.LauncherMissing as fault:
+        raise CannotServe(str(fault)) from fault
+    if not listen_address.loopback:
+        reach = f"--listen {listen}: other machines can reach this coordinator and it has no authentication yet"
+        print(f"warning: {reach}; whoever reaches it can run jobs here", file=sys.stderr)
+    roots = tuple(root.resolve() for root in data_roots)
+    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker)
+
+
+class Coordinator:
+    """A running coordinator: what it listens on, and what the parts are."""
+
+    def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry) -> None:
+        self.settings = settings
+        self.registry = registry
+        self._stopping = False
+        self._changes = Changes()
+        metrics = Metrics(settings.slots, _now, store.count_by_state, registry)
+        self.http = _http_port(settings.http, registry, self.fault)
+        try:
+            self._server, self._health, self.grpc_address = _grpc_server(settings.listen)
+        except AddressUnusable:
+            self.http.stop()
+            raise
+        self.controller = Controller(
+            store=store,
+            launcher=_launcher(settings, self.grpc_address.for_this_machine()),
+            metrics=metrics,
+            changes=self._changes,
+            state=settings.state,
+            capacity=Capacity(settings.slots, settings.start_deadline_seconds),
+            clock=_now,
+            grace_seconds=settings.grace_seconds,
+        )
+        service = CoordinatorService(
+            controller=self.controller,
+            store=store,
+            changes=self._changes,
+            state=settings.state,
+            data_roots=settings.data_roots,
+            slots=settings.slots,
+        )
+        add_service = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
+        add_service(service, self._server)  # type: ignore[no-untyped-call]  # generated without types
+
+    def start(self) -> None:
+        self.controller.start()
+        self._server.start()
+        self.http.start()
+        self._set_serving(True)
+
+    def stop(self) -> None:
+        """No new jobs, then no launched jobs, then no watchers, then no calls."""
+        self._stopping = True
+        self._set_serving(False)
+        self.controller.stop()
+        self._changes.close()
+        self._server.stop(CLOSE_SECONDS).wait(CLOSE_SECONDS + 1)
+        self.http.stop()
+
+    def fault(self) -> str | None:
+        """What is wrong, for /healthz."""
+        return "stopping" if self._stopping else self.controller.fault
+
+    def ready_line(self) -> str:
+        http = Address(self.settings.http.host, self.http.port)
+        slots = f"{self.settings.slots} {'slot' if self.settings.slots == 1 else 'slots'}"
+        return (
+            f"paceline coordinator ready: grpc {self.grpc_address}, http {http}, state {self.settings.state}, {slots}"
+        )
+
+    def _set_serving(self, serving: bool) -> None:
+        for service in ("", SERVICE_NAME):
+            self._health.set(service, _UNSERVED[serving])
+
+
+@contextlib.contextmanager
+def running(settings: Settings) -> Iterator[Coordinator]:
+    """A coordinator that serves inside the `with` block and leaves no process behind it; CannotServe."""
+    with _locked(settings.state), contextlib.ExitStack() as opened:
+        registry = CollectorRegistry()
+        try:
+            store = Store(settings.state / "paceline.sqlite")
+            opened.callback(store.close)
+            coordinator = Coordinator(settings, store, registry)
+        except (StoreUnusable, AddressUnusable) as fault:
+            raise CannotServe(str(fault)) from fault
+        opened.callback(coordinator.stop)
+        coordinator.start()
+        yield coordinator
+
+
+# -------------------------------------------------------------------------------------------------------------- parts
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
+
+
+def _http_port(address: Address, registry: CollectorRegistry, fault: Callable[[], str | None]) -> HttpPort:
+    try:
+        return HttpPort(*address, registry, fault)
+    except OSError as error:
+        raise unusable("--http", address, error) from error
+
+
+def _grpc_server(listen: Address) -> tuple[grpc.Server, health.HealthServicer, Address]:
+    """A bound server that does not answer yet."""
+    check_free("--listen", listen)
+    server = grpc.server(
+        ThreadPoolExecutor(STREAMS_AT_MOST + SHORT_CALLS_AT_MOST, thread_name_prefix="grpc"),
+        options=[("grpc.so_reuseport", 0)],  # else a second coordinator would share the port and take half the calls
+    )
+    servicer = health.HealthServicer()
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
+    try:
+        port = server.add_insecure_port(str(listen))
+    except RuntimeError as fault:  # taken since the check
+        raise AddressUnusable(f"--listen: cannot listen on {listen}: {fault}") from fault
+    return server, servicer, Address(listen.host, port)
+
+
+def _launcher(settings: Settings, coordinator: Address) -> Launcher:
+    """Starts `paceline-worker` through mpirun on this machine."""
+    cores = local.available_cores()
+
+    def start(job: Job, secret: str, folder: JobFolder) -> local.Running:
+        arguments = ("train", str(folder.job_file), "-o", str(folder.output), "--log-dir", str(folder.logs))
+        forwarded = {
+            environment.COORDINATOR_ADDRESS: str(coordinator),
+            environment.JOB_ID: job.id,
+            environment.JOB_ATTEMPT: str(job.attempt),
+            environment.JOB_TOKEN: secret,
+        }
+        launch = local.render(
+            mpirun=settings.mpirun,
+            worker=settings.worker,
+            ranks=job.slots,
+            cores=cores,
+            arguments=arguments,
+            forwarded=forwarded,
+        )
+        return local.start(launch, folder.logs)
+
+    return Launcher(start, local.explain)
+
+
+@contextlib.contextmanager
+def _locked(state: Path) -> Iterator[None]:
+    """The state folder, for this coordinator alone. The lock dies with the process, however that ends."""
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs and data paths are nobody else's business
+        file = open(state / "lock", "a+", encoding="utf-8")  # noqa: SIM115  # closed below
+    except OSError as fault:
+        raise CannotServe(f"--state: cannot use {state}: {fault.strerror}") from fault
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            message = f"another coordinator (pid {file.read().strip() or 'unknown'}) uses {state}"
+            raise CannotServe(f"{message}: stop it, or give this one another --state folder") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield

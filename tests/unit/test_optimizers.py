@@ -1,0 +1,180 @@
+"""Optimizers against a plain transcription of their formulas, however the vector is cut, and against PyTorch."""
+
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from protos import job_pb2
+from worker import optimizers
+from worker.errors import UsageFault
+from worker.optimizers import base_learning_rate, make_optimizer
+
+RATE = 0.03
+SPECS = {
+    "sgd": job_pb2.Optimizer(sgd=job_pb2.SgdOptimizer(learning_rate=RATE)),
+    "momentum": job_pb2.Optimizer(
+        momentum=job_pb2.MomentumOptimizer(learning_rate=RATE, momentum=0.85, nesterov=False)
+    ),
+    "nesterov": job_pb2.Optimizer(momentum=job_pb2.MomentumOptimizer(learning_rate=RATE, momentum=0.85, nesterov=True)),
+    "adam": job_pb2.Optimizer(adam=job_pb2.AdamOptimizer(learning_rate=RATE, beta1=0.88, beta2=0.97, epsilon=1e-4)),
+    "adam without memory": job_pb2.Optimizer(
+        adam=job_pb2.AdamOptimizer(learning_rate=RATE, beta1=0, beta2=0, epsilon=1e-8)
+    ),
+    "adamw": job_pb2.Optimizer(
+        adamw=job_pb2.AdamwOptimizer(learning_rate=RATE, beta1=0.88, beta2=0.97, epsilon=1e-4, weight_decay=0.2)
+    ),
+}
+LENGTH = 101
+DECAYED = [(0, 40), (55, 90)]
+
+
+def gradients(dtype, steps=20, length=LENGTH):
+    """Gradients of mixed size, some exactly zero."""
+    random = np.random.default_rng(5)
+    drawn = random.standard_normal((steps, length)) * 10.0 ** random.integers(-4, 2, length)
+    drawn[:, ::17] = 0
+    return drawn.astype(dtype)
+
+
+def start(dtype=np.float64, length=LENGTH):
+    """The parameters every run begins with."""
+    return np.random.default_rng(6).standard_normal(length).astype(dtype)
+
+
+def run(spec, dtype, cuts=(), length=LENGTH):
+    """20 steps of ours, on pieces between `cuts` as if each were a vector of its own."""
+    optimizer = make_optimizer(spec)
+    parameters = start(dtype, length)
+    bounds = [0, *sorted(cuts), length]
+    pieces = list(pairwise(bounds))
+    states = [optimizer.init(stop - first, dtype) for first, stop in pieces]
+    for step, gradient in enumerate(gradients(dtype, length=length).copy(), start=1):
+        for (first, stop), state in zip(pieces, states, strict=True):
+            decayed = [(max(a, first) - first, min(b, stop) - first) for a, b in DECAYED if a < stop and first < b]
+            part = slice(first, stop)
+            optimizer.update(parameters[part], gradient[part], state, step, RATE, decayed)
+    return parameters
+
+
+def plain(name):
+    """20 steps by the formulas as their papers and PyTorch's documentation write them, averages and all."""
+    theta, options = start(), getattr(SPECS[name], SPECS[name].WhichOneof("kind"))
+    buffer = m = v = np.zeros(LENGTH)
+    weights = np.zeros(LENGTH, bool)
+    for first, stop in DECAYED:
+        weights[first:stop] = True
+    for t, g in enumerate(gradients(np.float64), start=1):
+        if name == "sgd":
+            theta = theta - RATE * g
+        elif name in ("momentum", "nesterov"):
+            buffer = options.momentum * buffer + g
+            theta = theta - RATE * (g + options.momentum * buffer if options.nesterov else buffer)
+        else:
+            if name == "adamw":
+                theta = np.where(weights, theta - RATE * options.weight_decay * theta, theta)
+            m = options.beta1 * m + (1 - options.beta1) * g
+            v = options.beta2 * v + (1 - options.beta2) * g**2
+            m_hat, v_hat = m / (1 - options.beta1**t), v / (1 - options.beta2**t)
+            theta = theta - RATE * m_hat / (np.sqrt(v_hat) + options.epsilon)
+    return theta
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_twenty_steps_equal_the_plain_formulas(name):
+    np.testing.assert_allclose(run(SPECS[name], np.float64), plain(name), rtol=1e-12, atol=1e-13)
+    np.testing.assert_allclose(run(SPECS[name], np.float32), plain(name), rtol=2e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SPECS)
+@settings(max_examples=15, deadline=None)
+@given(cuts=st.lists(st.integers(0, LENGTH), max_size=4))
+def test_cutting_the_vector_anywhere_changes_no_bit(name, cuts):
+    np.testing.assert_array_equal(run(SPECS[name], np.float32, cuts), run(SPECS[name], np.float32))
+
+
+@pytest.mark.parametrize("name", SPECS)
+def test_slices_that_stay_in_cache_change_no_bit(name, monkeypatch):
+    whole = run(SPECS[name], np.float32)
+    monkeypatch.setattr(optimizers, "CHUNK_ELEMENTS", 16)
+    np.testing.assert_array_equal(run(SPECS[name], np.float32), whole)
+
+
+def test_weight_decay_leaves_biases_alone():
+    optimizer = make_optimizer(SPECS["adamw"])
+    parameters, state = np.ones(4, np.float32), optimizer.init(4, np.float32)
+    optimizer.update(parameters, np.zeros(4, np.float32), state, 1, 0.5, [(0, 2)])
+    np.testing.assert_allclose(parameters, [0.9, 0.9, 1, 1], rtol=1e-6)  # 1 - 0.5 * 0.2
+
+
+def test_states_are_named_zeros_of_the_length_asked_for():
+    names = {"sgd": set(), "momentum": {"velocity"}, "adam": {"first_moment", "second_moment"}}
+    for name, expected in names.items():
+        state = make_optimizer(SPECS[name]).init(7, np.float32)
+        assert set(state) == expected
+        assert all(array.shape == (7,) and array.dtype == np.float32 and not array.any() for array in state.values())
+
+
+def test_the_learning_rate_in_use_is_the_caller_s():
+    """A schedule decides at each step; float64 numbers of NumPy do not widen the arithmetic."""
+    for spec in SPECS.values():
+        optimizer = make_optimizer(spec)
+        parameters, state = np.ones(5, np.float32), optimizer.init(5, np.float32)
+        optimizer.update(parameters, np.ones(5, np.float32), state, 1, np.float64(0.0), [(0, 5)])
+        assert (parameters == 1).all()
+        assert base_learning_rate(spec) == RATE
+
+
+def test_an_empty_slice_takes_a_step_too():
+    """A rank may own no element of a small model."""
+    for spec in SPECS.values():
+        optimizer = make_optimizer(spec)
+        empty = np.empty(0, np.float32)
+        optimizer.update(empty, empty.copy(), optimizer.init(0, np.float32), 1, RATE, [])
+
+
+def test_an_unresolved_optimizer_is_refused():
+    with pytest.raises(UsageFault, match="optimizer: names none of sgd, momentum, adam, adamw"):
+        make_optimizer(job_pb2.Optimizer())
+    with pytest.raises(UsageFault, match=r"optimizer\.adam\.beta1: is absent"):
+        make_optimizer(job_pb2.Optimizer(adam=job_pb2.AdamOptimizer(learning_rate=0.1)))
+
+
+def test_every_optimizer_of_the_job_file_is_tested_here():
+    kinds = {spec.WhichOneof("kind") for spec in SPECS.values()}
+    assert kinds == set(optimizers.OPTIMIZERS) == {field.name for field in job_pb2.Optimizer.DESCRIPTOR.fields}
+
+
+def torch_optimizer(torch, name, weights, biases):
+    """PyTorch's optimizer of the same settings; weights decay, biases do not."""
+    kind = SPECS[name].WhichOneof("kind")
+    options = getattr(SPECS[name], kind)
+    if kind == "sgd":
+        return torch.optim.SGD([*weights, *biases], lr=RATE)
+    if kind == "momentum":
+        momentum, nesterov = options.momentum, options.nesterov
+        return torch.optim.SGD([*weights, *biases], lr=RATE, momentum=momentum, nesterov=nesterov)
+    adam = {"lr": RATE, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
+    if kind == "adam":
+        return torch.optim.Adam([*weights, *biases], **adam)
+    decayed = {"params": weights, "weight_decay": options.weight_decay}
+    return torch.optim.AdamW([decayed, {"params": biases, "weight_decay": 0.0}], **adam)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
+@pytest.mark.parametrize("name", SPECS)
+def test_twenty_steps_equal_torch_s(name, dtype, tolerance):
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch==2.13.0")
+    edges = sorted({0, LENGTH, *(edge for pair in DECAYED for edge in pair)})
+    pieces = {(a, b): torch.nn.Parameter(torch.tensor(start(dtype)[a:b])) for a, b in pairwise(edges)}
+    weights = [piece for bounds, piece in pieces.items() if bounds in DECAYED]
+    biases = [piece for bounds, piece in pieces.items() if bounds not in DECAYED]
+    peer = torch_optimizer(torch, name, weights, biases)
+    for gradient in gradients(dtype):
+        for (a, b), piece in pieces.items():
+            piece.grad = torch.tensor(gradient[a:b])
+        peer.step()
+    theirs = np.concatenate([piece.detach().numpy() for piece in pieces.values()])
+    np.testing.assert_allclose(run(SPECS[name], dtype), theirs, rtol=tolerance, atol=tolerance)
