@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from coordinator.launchers.local import LauncherMissing
-
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, Contender, Run
 from tests.benchmarks.data_set import write_images
@@ -39,8 +38,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", action="append", choices=[case.name for case in CASES], metavar="NAME",
                         help="this network alone (small, medium, large); may be repeated")  # fmt: skip
     parser.add_argument("--rounds", type=positive_integer, default=5, metavar="N", help="timed rounds (default 5)")
-    parser.add_argument("--seconds", type=positive_number, default=3.0, metavar="S",
-                        help="length of the timed part of a run (default 3)")  # fmt: skip
+    parser.add_argument("--seconds", type=positive_number, default=2.5, metavar="S",
+                        help="length of the timed part of a run (default 2.5)")  # fmt: skip
     parser.add_argument("--peers", type=Path, default=PEERS_ENVIRONMENT, metavar="DIR",
                         help=f"the peers' environment (default {PEERS_ENVIRONMENT}, made by `make bench`)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="end with the tables in Markdown")

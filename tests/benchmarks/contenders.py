@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from coordinator.launchers.local import available_cores, find_mpirun, find_worker, render
-
 from tests.benchmarks.cases import LEARNING_RATE, Case
 from tests.benchmarks.data_set import DataFiles
 from tests.benchmarks.measurement import BenchmarkFailed, Command, Measurement, read_measurement, run_command
@@ -109,7 +108,11 @@ def peer(script: str) -> Callable[[Run], Measurement]:
         lines = run_command(Command(argv, {}), run.folder).splitlines()
         if not lines:
             raise BenchmarkFailed(f"{script} printed no result")
-        return read_measurement(json.loads(lines[-1]), run.case.units[-1])
+        try:
+            stated = json.loads(lines[-1])
+        except ValueError as error:
+            raise BenchmarkFailed(f"{script} ended with what is not a result: {lines[-1]}") from error
+        return read_measurement(stated, run.case.units[-1])
 
     return measure
 

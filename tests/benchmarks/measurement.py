@@ -79,14 +79,15 @@ def run_command(command: Command, folder: Path, deadline_seconds: float = DEADLI
         text=True,
         start_new_session=True,
     )
-    try:
-        output, complaints = process.communicate(timeout=deadline_seconds)
-    except subprocess.TimeoutExpired as expired:
-        raise BenchmarkFailed(f"was still running after {deadline_seconds:g} s: {' '.join(command.argv)}") from expired
-    finally:
-        if process.returncode is None:  # the deadline, or the user's Ctrl-C
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+    with process:
+        try:
+            output, complaints = process.communicate(timeout=deadline_seconds)
+        except subprocess.TimeoutExpired as expired:
+            what = " ".join(command.argv)
+            raise BenchmarkFailed(f"was still running after {deadline_seconds:g} s: {what}") from expired
+        finally:
+            if process.returncode is None:  # the deadline, or the user's Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
     if process.returncode != 0:
         said = (output + complaints)[-LAST_CHARACTERS:].strip()
         raise BenchmarkFailed(f"exited with {process.returncode}: {' '.join(command.argv)}\n{said}")

@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -51,9 +52,10 @@ def load_arrays(arguments: Arguments) -> tuple[np.ndarray, np.ndarray]:
 class Stopwatch:
     """Times a rank's training: call `step_done` after every step and `epoch_done` after every epoch."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self._clock = clock
         self.seconds_to_first_step = 0.0
-        self._timed_from = 0.0
+        self._timed_from: float | None = None
         self._timed_samples = 0
         self._timed_seconds = 0.0
 
@@ -63,12 +65,12 @@ class Stopwatch:
 
     def epoch_done(self, samples: int) -> None:
         """`samples` is what all ranks together trained on; the first epoch starts the clock and is not counted."""
-        now = time.perf_counter()
-        if self._timed_from:
+        now = self._clock()
+        if self._timed_from is None:
+            self._timed_from = now
+        else:
             self._timed_samples += samples
             self._timed_seconds = now - self._timed_from
-        else:
-            self._timed_from = now
 
     @property
     def samples_per_second(self) -> float:
