@@ -3,6 +3,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PEERS := $(VENV)-peers
+PEERS_LIST := tests/benchmarks/peers/requirements.txt
 SOURCES := pyproject.toml $(wildcard protos/*.proto) protos/build.py
 
 .DEFAULT_GOAL := help
@@ -24,11 +26,11 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
 
-bench: $(VENV)/installed  ## tables against PyTorch, installed into an environment of its own
-	@$(BIN)/python -m tests.benchmarks
+bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, which gets an environment of its own
+	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
 
 clean:  ## remove the environment and what the build generated
-	rm -rf $(VENV) $(VENV)-peers build dist protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py
+	rm -rf $(VENV) $(PEERS) build dist protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py
 
 $(VENV)/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(f"make: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
@@ -45,4 +47,10 @@ $(VENV)/test-tools: $(VENV)/installed
 
 $(VENV)/check-tools: $(VENV)/test-tools
 	@$(BIN)/python tests/packaging/group.py check | xargs $(BIN)/pip install --quiet --disable-pip-version-check
+	@touch $@
+
+# One retry: where PyTorch's own index cannot be reached, the default one has a build that works as well.
+$(PEERS)/installed: $(PEERS_LIST) | $(VENV)/bin/pip
+	@$(PYTHON) -m venv $(PEERS)
+	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --retries 1 --requirement $(PEERS_LIST)
 	@touch $@

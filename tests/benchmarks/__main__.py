@@ -1,0 +1,126 @@
+"""`make bench`: Paceline beside its peers on this machine, as tables.
+
+Rules: both sides in one run, the same data, the same threads, taking turns. No figure of another day is printed.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from coordinator.launchers.local import LauncherMissing
+from tests.benchmarks.cases import CASES, Case
+from tests.benchmarks.contenders import CONTENDERS, Contender, Run
+from tests.benchmarks.data_set import write_images
+from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
+from tests.benchmarks.measurement import BenchmarkFailed, Measurement
+from tests.benchmarks.rounds import run_rounds
+from tests.benchmarks.table import footprint_table, format_markdown, format_text, throughput_table
+
+PEERS_ENVIRONMENT = Path(".venv-peers")
+CAPTION = """\
+Training with Adam, ReLU and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28.
+Median [lowest .. highest] over the rounds ({rounds}); in a round the sides take turns; ratios are taken within rounds.
+samples/s: steady state, all ranks together: every step of every epoch but the first, data loading and shuffling
+included; Paceline's reports and the checkpoint it writes after each epoch are not (the peers write none).
+Seconds to first step: from the start of rank 0's process to the end of its first step, imports and data included, the
+launcher (mpirun) not. Memory: the peak resident size of the largest rank, shared pages included.
+Paceline converts its stored uint8 images a batch at a time; the peers hold all of them as float32 in memory."""
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Paceline beside its peers.")
+    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything runs")
+    parser.add_argument("--only", action="append", choices=[case.name for case in CASES], metavar="NAME",
+                        help="this network alone (small, medium, large); may be repeated")  # fmt: skip
+    parser.add_argument("--rounds", type=positive_integer, default=5, metavar="N", help="timed rounds (default 5)")
+    parser.add_argument("--seconds", type=positive_number, default=2.5, metavar="S",
+                        help="length of the timed part of a run (default 2.5)")  # fmt: skip
+    parser.add_argument("--peers", type=Path, default=PEERS_ENVIRONMENT, metavar="DIR",
+                        help=f"the peers' environment (default {PEERS_ENVIRONMENT}, made by `make bench`)")  # fmt: skip
+    parser.add_argument("--markdown", action="store_true", help="end with the tables in Markdown")
+    return parser
+
+
+def positive_integer(text: str) -> int:
+    """For argparse, which words the refusal."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
+    return value
+
+
+def positive_number(text: str) -> float:
+    """For argparse, which words the refusal."""
+    value = float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text} is not above 0")
+    return value
+
+
+def benchmark(
+    cases: list[Case], peers_python: Path, rounds: int, seconds: float | None, scratch: Path
+) -> dict[tuple[str, str], list[Measurement]]:
+    """All rounds, each run in a folder of its own under `scratch` that goes when the run has ended."""
+    files = {samples: write_images(scratch, samples) for samples in {case.samples for case in cases}}
+
+    def measure(case: Case, contender: Contender, epochs: int) -> Measurement:
+        folder = scratch / "run"
+        folder.mkdir()
+        try:
+            return contender.measure(Run(case, epochs, files[case.samples], folder, peers_python))
+        finally:
+            shutil.rmtree(folder)
+
+    return run_rounds(cases, CONTENDERS, rounds, seconds, measure, tell)
+
+
+def tell(line: str) -> None:
+    """Progress goes to standard error: standard output holds the tables alone."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def main() -> int:
+    """Measure, then print the facts, the tables and what they mean."""
+    arguments = make_parser().parse_args()
+    peers_python = (arguments.peers / "bin" / "python").absolute()
+    if not os.access(peers_python, os.X_OK):
+        tell(f"error: there is no {peers_python}; say `make bench`, which makes it, or give --peers DIR")
+        return 2
+    cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    rounds, seconds = arguments.rounds, arguments.seconds
+    if arguments.quick:
+        cases, rounds, seconds = [case.shortened() for case in cases], 1, None
+    warning = busy_warning(busy_cores())
+    if warning:
+        tell(f"warning: {warning}")
+
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory(prefix="paceline-bench-") as scratch:
+        try:
+            results = benchmark(cases, peers_python, rounds, seconds, Path(scratch))
+        except (BenchmarkFailed, LauncherMissing) as failed:
+            tell(f"error: {failed}")
+            return 1
+
+    facts = machine_facts(run.version for runs in results.values() for run in runs if run.version)
+    if warning:
+        facts["warning"] = warning
+    if arguments.quick:
+        facts["warning"] = "--quick: one round of a few steps; these figures say only that everything runs"
+    tables = throughput_table(results, cases, CONTENDERS), footprint_table(results, cases, CONTENDERS)
+    caption = CAPTION.format(rounds=rounds)
+    listed = "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
+    print(listed, *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
+    if arguments.markdown:
+        listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
+        print("", listed, *map(format_markdown, tables), caption, sep="\n\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,94 @@
+"""One timed run of one contender: the command, its deadline, and what it has to have measured.
+
+Rules: nothing is timed from outside; a contender states its own figures, by the definitions in peers/stopwatch.py. A
+run that failed, hung or did not learn ends the benchmark with one line that says which.
+"""
+
+import math
+import os
+import signal
+import subprocess
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+# Every contender gets one thread a process; gloo is told to keep to loopback.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1",
+    "OPENBLAS_NUM_THREADS": "1",
+    "MKL_NUM_THREADS": "1",
+    "GLOO_SOCKET_IFNAME": "lo",
+}
+DEADLINE_SECONDS = 180.0
+LAST_CHARACTERS = 2000  # of a failed run's output, shown
+
+
+class BenchmarkFailed(Exception):
+    """A contender could not be measured; the message says which and why."""
+
+
+class Command(NamedTuple):
+    """What is run for one measurement."""
+
+    argv: tuple[str, ...]
+    environment: dict[str, str]  # additions
+
+
+class Measurement(NamedTuple):
+    """What one run says of itself."""
+
+    samples_per_second: float  # steady state
+    seconds_to_first_step: float  # from the start of rank 0's process to the end of its first step
+    peak_memory_bytes: float  # of the largest rank
+    train_loss: float
+    version: str  # of a peer; empty for ours
+
+
+FIGURES = Measurement._fields[:-1]
+
+
+def read_measurement(stated: Mapping[str, Any], classes: int) -> Measurement:
+    """Check a contender's own statement.
+
+    Raises:
+        BenchmarkFailed: a figure is missing or not positive, or the loss is no better than guessing.
+    """
+    for field in FIGURES:
+        value = stated.get(field)
+        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+            raise BenchmarkFailed(f"states {field} as {value!r}; a positive number is needed")
+    chance = math.log(classes)
+    if stated["train_loss"] >= chance:
+        raise BenchmarkFailed(f"did not learn: its loss is {stated['train_loss']:.3f}, guessing has {chance:.3f}")
+    return Measurement(**{field: float(stated[field]) for field in FIGURES}, version=str(stated.get("version", "")))
+
+
+def run_command(command: Command, folder: Path, deadline_seconds: float = DEADLINE_SECONDS) -> str:
+    """Run it in `folder` in a session of its own and return its standard output.
+
+    Raises:
+        BenchmarkFailed: it failed (with the end of what it said) or was still running at the deadline, and was ended.
+    """
+    process = subprocess.Popen(
+        command.argv,
+        env={**os.environ, **ENVIRONMENT, **command.environment},
+        cwd=folder,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    with process:
+        try:
+            output, complaints = process.communicate(timeout=deadline_seconds)
+        except subprocess.TimeoutExpired as expired:
+            what = " ".join(command.argv)
+            raise BenchmarkFailed(f"was still running after {deadline_seconds:g} s: {what}") from expired
+        finally:
+            if process.returncode is None:  # the deadline, or the user's Ctrl-C
+                os.killpg(process.pid, signal.SIGKILL)
+    if process.returncode != 0:
+        said = (output + complaints)[-LAST_CHARACTERS:].strip()
+        raise BenchmarkFailed(f"exited with {process.returncode}: {' '.join(command.argv)}\n{said}")
+    return output

@@ -1,0 +1,62 @@
+"""PyTorch DistributedDataParallel over gloo: two processes, one thread each, meeting over loopback.
+
+This process is rank 0 and starts rank 1, which is itself with another RANK.
+"""
+
+import os
+import subprocess
+import sys
+from datetime import timedelta
+from typing import NoReturn
+
+import torch
+import torch.distributed
+from pytorch_eager import describe_version, load_tensors, make_model, make_optimizer
+from stopwatch import Stopwatch, peak_memory_bytes, print_result, read_arguments
+
+WORLD_SIZE = 2
+TIMEOUT = timedelta(seconds=60)  # for the two to meet, and for one exchange
+
+
+def main(rank: int) -> NoReturn:
+    arguments = read_arguments()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    meeting_place = arguments.rendezvous.absolute().as_uri()
+    torch.distributed.init_process_group("gloo", meeting_place, TIMEOUT, rank=rank, world_size=WORLD_SIZE)
+    features, labels = load_tensors(arguments)
+    # Gradients that live in the buckets are not copied; a graph that never changes need not be searched each step.
+    model = torch.nn.parallel.DistributedDataParallel(
+        make_model(arguments.units), gradient_as_bucket_view=True, static_graph=True
+    )
+    optimizer = make_optimizer(model, arguments.learning_rate)
+    stopwatch = Stopwatch()
+    for _ in range(arguments.epochs):
+        order = torch.randperm(len(features))[rank::WORLD_SIZE]  # the same permutation on each rank: one seed
+        for indices in order.split(arguments.batch_size):
+            logits = model(features.index_select(0, indices))
+            loss = torch.nn.functional.cross_entropy(logits, labels.index_select(0, indices))
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            stopwatch.step_done()
+        stopwatch.epoch_done(len(features))
+    largest = torch.tensor([peak_memory_bytes()])
+    torch.distributed.all_reduce(largest, torch.distributed.ReduceOp.MAX)
+    if rank == 0:
+        print_result(
+            stopwatch,
+            peak_memory_bytes=int(largest.item()),
+            train_loss=float(loss.detach()),
+            version=describe_version(),
+        )
+    torch.distributed.barrier()
+    # An orderly end aborts about one time in ten ("terminate called without an active exception"): gloo's threads.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    if "RANK" in os.environ:
+        main(int(os.environ["RANK"]))
+    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": "1"})
+    main(0)
