@@ -8,6 +8,8 @@ import pytest
 
 from protos import job_pb2
 from worker.engine.layers import LAYERS
+from worker.engine.layers.dense import Dense
+from worker.engine.layers.elementwise import Relu
 from worker.engine.losses import LOSSES
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
@@ -126,6 +128,18 @@ def test_activations_that_work_in_place_never_spoil_what_backward_reads(engine, 
     numeric = difference(lambda: made.model.forward(features, targets).loss, made.parameters, direction)
     assert made.gradient @ direction == pytest.approx(numeric, rel=1e-5, abs=1e-8)
     np.testing.assert_array_equal(features, kept)
+
+
+def test_nothing_before_the_first_trained_layer_costs_a_gradient(engine, monkeypatch):
+    """The product with the first weight matrix is the largest of all; its result would be thrown away."""
+    asked = []
+    original = Dense.backward_input
+    monkeypatch.setattr(Dense, "backward_input", lambda self, dy: asked.append(self.units) or original(self, dy))
+    monkeypatch.setattr(Relu, "backward_input", lambda self, dy: pytest.fail("the features need no gradient"))
+    made = engine.build(["relu", "dense:6", "dense:5", "dense:3"], LOSS, (4,))
+    made.model.forward(*engine.draw_batch(made.model, 3, 1))
+    made.model.backward()
+    assert asked == [3, 5]
 
 
 def test_batches_of_changing_size_share_buffers_and_give_what_fresh_models_give(engine):
