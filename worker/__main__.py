@@ -10,12 +10,16 @@ import argparse
 import os
 import sys
 import traceback
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from protos.exit_codes import ExitCode
 from worker import processes
 from worker.errors import Fault, UsageFault
+
+if TYPE_CHECKING:
+    from protos import job_pb2
 
 DEBUG = "PACELINE_DEBUG"
 
@@ -51,7 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
 
     verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
-    verb.add_argument("start", type=Path, metavar="CHECKPOINT")
+    verb.add_argument("job", type=Path, metavar="JOB.yaml")
+    verb.add_argument("start", type=Path, metavar="CHECKPOINT", help="weights and optimizer state to begin with")
+    verb.add_argument("--workers", type=int, required=True, metavar="N", help="how many push in each step")
+    verb.add_argument("--generation", type=int, default=1, metavar="N", help="pushes of another one are refused")
     verb.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
     return parser
 
@@ -91,7 +98,8 @@ def run_verb(arguments: argparse.Namespace) -> int:
     else:
         from worker.server.process import serve_parameters
 
-        return serve_parameters(arguments.start, arguments.listen)
+        job = read_job(arguments.job)
+        serve_parameters(arguments.start, job, arguments.workers, arguments.listen, arguments.generation)
     return ExitCode.DONE
 
 
@@ -103,16 +111,11 @@ def train(arguments: argparse.Namespace) -> int:
     processes.die_with_parent(os.environ)
     processes.set_blas_threads(os.environ, os.cpu_count() or 1)
 
-    from protos.job_file import JobFileInvalid, read_job_file
-
     try:
-        job = read_job_file(arguments.job, arguments.settings)
-    except JobFileInvalid as invalid:
+        job = read_job(arguments.job, arguments.settings)
+    except UsageFault as fault:
         # Every rank reads the same file and finds the same faults: one of them is enough to say so.
-        if rank == 0:
-            for violation in str(invalid).splitlines():
-                print(f"error: {violation}", file=sys.stderr)
-        return ExitCode.USAGE
+        return fail(str(fault), fault.exit_code) if rank == 0 else fault.exit_code
 
     from worker.run import run_job
     from worker.sync.world import AgreedFault, World
@@ -153,9 +156,20 @@ def train(arguments: argparse.Namespace) -> int:
     return ExitCode.DONE
 
 
+def read_job(path: Path, settings: Sequence[str] = ()) -> job_pb2.JobSpec:
+    """The resolved job. UsageFault with a line for each violation."""
+    from protos.job_file import JobFileInvalid, read_job_file
+
+    try:
+        return read_job_file(path, settings)
+    except JobFileInvalid as invalid:
+        raise UsageFault(str(invalid)) from invalid
+
+
 def fail(message: str, code: int) -> int:
-    """Print the one line a person gets, and hand the exit code on."""
-    print(f"error: {message}", file=sys.stderr, flush=True)
+    """Print what a person gets, one line for each fault, and hand the exit code on."""
+    for line in message.splitlines():
+        print(f"error: {line}", file=sys.stderr, flush=True)
     return code
 
 

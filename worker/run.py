@@ -25,12 +25,13 @@ from worker.checkpoint import (
     write_checkpoint,
 )
 from worker.coordinator_client import connect
+from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
 from worker.measurements import Position
 from worker.model_file import write_model
 from worker.preparation import Prepared, prepare
 from worker.reporter import Reporter
-from worker.sync.exchange import Exchange, check_fits, decayed_ranges, open_exchange
+from worker.sync.exchange import Exchange, check_fits, open_exchange
 from worker.sync.world import AgreedFault, World
 from worker.train import Observers, Result, train
 from worker.watchdog import Watchdog
@@ -175,7 +176,7 @@ def _write_checkpoint(
         Checkpoint(
             *(position.step, position.epoch, position.samples),
             model.layout_digest,
-            decayed_ranges(model),
+            decayed_ranges(model.slots, 0, model.parameter_count),
             exchange.parameters,
             state,
         ),

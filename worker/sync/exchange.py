@@ -6,25 +6,38 @@ server) is chosen here, from `sync` in the job file, and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import secrets
 import tempfile
 from pathlib import Path
-from typing import Protocol
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from protos import environment, job_pb2
-from worker.checkpoint import Checkpoint, write_checkpoint
+from protos.job_file import to_yaml
+from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
 from worker.engine.model import Model
+from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.optimizers import make_optimizer
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 
+if TYPE_CHECKING:
+    from worker.sync.parameter_server import ParameterServerExchange
+
 TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
+
+
+class Vectors(NamedTuple):
+    """The arrays a rank computes with."""
+
+    parameters: np.ndarray  # (parameter_count,) float32
+    gradient: np.ndarray  # (parameter_count,) float32
+    totals: np.ndarray  # (len(TOTALS),) float64
 
 
 class Exchange(Protocol):
@@ -57,17 +70,17 @@ def open_exchange(
     """
     if job.sync.WhichOneof("kind") == "parameter_server":
         return _open_parameter_server(world, job, model, resumed, resume)
-    exchange = AllReduceExchange(
-        world, make_optimizer(job.optimizer), model.parameter_count, decayed_ranges(model), len(TOTALS)
-    )
+    count = model.parameter_count
+    decayed = decayed_ranges(model.slots, 0, count)
+    exchange = AllReduceExchange(world, make_optimizer(job.optimizer), count, decayed, len(TOTALS))
     model.attach(exchange.parameters, exchange.gradient)
     lowest_of_node = exchange.node.rank == 0
     if resume:
-        parameters = world.broadcast_array(resumed.parameters if resumed else None, model.parameter_count)
+        parameters = world.broadcast_array(resumed.parameters if resumed else None, count)
         if lowest_of_node:
             exchange.parameters[:] = parameters
         for name in sorted(exchange.state):
-            array = world.broadcast_array(resumed.state[name] if resumed else None, model.parameter_count)
+            array = world.broadcast_array(resumed.state[name] if resumed else None, count)
             exchange.restore_state(name, array)
     elif lowest_of_node:
         model.initialize(job.training.seed)
@@ -91,43 +104,84 @@ def check_fits(checkpoint: Checkpoint, model: Model, job: job_pb2.JobSpec) -> No
         )
 
 
-def decayed_ranges(model: Model) -> list[tuple[int, int]]:
-    """The runs of the flat vector that weight decay applies to."""
-    return [(slot.offset, slot.offset + int(np.prod(slot.shape))) for slot in model.slots if slot.decayed]
+class ServerExchange:
+    """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
+
+    note: str | None = None
+
+    def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
+        self.parameters, self.gradient, self.totals = model_vectors
+        self.statistics = ExchangeStatistics()
+        self._world = world
+        self._worker = worker
+        self._server = server
+
+    def step(self, step: int, samples: int, learning_rate: float) -> None:
+        """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
+        began = perf_counter()
+        self._worker.step(step, samples, learning_rate)
+        statistics = self.statistics
+        statistics.exchange_seconds += perf_counter() - began
+        statistics.wait_seconds = self._worker.wait_seconds
+        statistics.sent_bytes["grpc"] = self._worker.sent_bytes
+        statistics.received_bytes["grpc"] = self._worker.received_bytes
+
+    def gather_state(self) -> dict[str, np.ndarray]:
+        """As in Exchange: rank 0 asks the server."""
+        if self._world.rank != 0:
+            return {}
+        arrays = self._worker.pull(state=True)
+        return {
+            name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
+        }
+
+    def close(self) -> None:
+        """Leave, then end the server once everybody has."""
+        self._worker.leave()
+        self._world.agree(lambda: None)
+        if self._server is not None:
+            self._server.stop()
 
 
 def _open_parameter_server(
     world: World, job: job_pb2.JobSpec, model: Model, resumed: Checkpoint | None, resume: bool
-) -> Exchange:
-    from worker.server.process import ServerProcess, start_server_process
+) -> ServerExchange:
+    # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
+    from worker.server.process import start_server_process
     from worker.sync.parameter_server import ParameterServerExchange
 
-    parameters = np.zeros(model.parameter_count, np.float32)
-    gradient = np.zeros(model.parameter_count, np.float32)
-    model.attach(parameters, gradient)
+    count = model.parameter_count
+    vectors = Vectors(np.zeros(count, np.float32), np.zeros(count, np.float32), np.zeros(len(TOTALS)))
+    model.attach(vectors.parameters, vectors.gradient)
     if resume:
-        parameters[:] = world.broadcast_array(resumed.parameters if resumed else None, model.parameter_count)
+        vectors.parameters[:] = world.broadcast_array(resumed.parameters if resumed else None, count)
     else:
         model.initialize(job.training.seed)
 
     generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
     token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)
-    server: ServerProcess | None = None
 
-    def start() -> str:
-        nonlocal server
+    def start() -> Any:
         if world.rank != 0:
-            return ""
-        start_from = resumed or Checkpoint(0, 0, 0, model.layout_digest, decayed_ranges(model), parameters, {})
+            return None
+        start_from = resumed or Checkpoint(
+            *(0, 0, 0),
+            layout_digest=model.layout_digest,
+            decayed=decayed_ranges(model.slots, 0, count),
+            parameters=vectors.parameters,
+            state={},
+        )
         with tempfile.TemporaryDirectory(prefix="paceline-") as folder:
-            path = Path(folder) / "start.safetensors"
-            write_checkpoint(path, dataclasses.replace(start_from, decayed=decayed_ranges(model)))
-            server = start_server_process(path, job, world.size, generation, token)
-        return server.address
+            job_file, start_file = Path(folder) / "job.yaml", Path(folder) / "start.safetensors"
+            job_file.write_text(to_yaml(job))
+            write_checkpoint(start_file, start_from)
+            return start_server_process(job_file, start_file, world.size, generation, token)
 
-    address: str = world.broadcast(world.agree(start))
-    exchange = ParameterServerExchange(
-        [address], world.rank, world.size, generation, token, parameters, gradient, np.zeros(len(TOTALS)), server
-    )
-    world.agree(lambda: exchange.join(model.layout_digest))
-    return exchange
+    server = world.agree(start)
+    address: str = world.broadcast(server.address if server else None)
+    worker = ParameterServerExchange(
+        [address], world.rank, world.size, generation, token, model.layout_digest, *vectors,
+        timeout_seconds=1.5 * job.limits.stall_seconds,
+    )  # fmt: skip
+    world.agree(worker.join)
+    return ServerExchange(world, worker, vectors, server)
