@@ -67,7 +67,8 @@ def test_a_job_is_submitted_watched_read_and_pulled(ask):
     assert any(line.startswith("epoch 3/3") for line in lines)
     assert "digits: SUCCEEDED" in done.stdout
     assert json.loads(ask("get", job_id, "--format", "json").stdout)["summary"]["validation_accuracy"] > 0.9
-    assert ask("watch", job_id).stdout.count("epoch ") == 3  # what ended long ago is told as if it ended now
+    # What ended long ago is told as if it ended now. (A slow machine reports within epochs too.)
+    assert ask("watch", job_id).stdout.count("val accuracy") == 3
     assert "rank-0 | epoch 3/3" in ask("logs", job_id, "-f").stdout
     assert len(ask("metrics", job_id).stdout.splitlines()) >= 4
     assert job_id in ask("list").stdout
