@@ -53,20 +53,20 @@ def _demo() -> int:
     folder = new_folder("demo", datetime.now())
     with tempfile.TemporaryDirectory(prefix="paceline-demo-") as state:
         with _coordinator(Path(state), job.workers) as (address, http), Client(address) as client:
-            _say("coordinator", f"answers at {address} (gRPC) and http://{http}/metrics")
+            _say("coordinator", f"answers at {address}")
             job_id = client.submit(job).id
             _say("job", f"{job_id}: {_in_words(job)}\n")
             follow_job(client, job_id, as_json=False)
             print()
-            _say("metrics", f"http://{http}/metrics says, among others")
+            _say("metrics", f"http://{http}/metrics says:")
             for line in _series(http):
                 print(f"  {line}")
             files, written = write_folder(client.pull(job_id), folder)
             finished = client.get(job_id)
         _say("output", f"{folder}: {files} files, {written / 1e6:.1f} MB")
-    _say("evaluate", f"paceline evaluate {folder} {folder}/job.yaml\n  {_evaluate(folder)}")
+    _say("evaluate", f"the pulled model, in a process of its own, says:\n  {_evaluate(folder)}")
     accuracy = number(finished.summary.validation_accuracy)
-    print(f"\nDone: {accuracy} of the digits the model never saw are read right. Next: paceline run JOB.yaml")
+    print(f"\nDone: {accuracy} of the digits the model never saw are read right.")
     return ExitCode.DONE
 
 

@@ -34,7 +34,7 @@ def ended_badly(job: job_pb2.Job) -> str:
     """Why, with the last log lines the coordinator sent along."""
     message, _, rest = printable(job.message).partition("\n")
     why = f"job {job.id} is {state_name(job.state)}: {message}; all it wrote: paceline logs {job.id}"
-    return f"{why}\n{rest}" if rest else why
+    return "\n".join([why, *(f"  {line}" for line in rest.splitlines())])
 
 
 def ending_text(job: job_pb2.Job) -> str:

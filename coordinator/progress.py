@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 LINES_AT_LEAST_SECONDS = 5.0  # of training time between two plain lines, unless an epoch ends
 TRAINING = (("loss", "loss"), ("accuracy", "accuracy"))
 VALIDATION = (("validation_loss", "val loss"), ("validation_accuracy", "val accuracy"))
+BAR_AT_LEAST = 4  # columns of a narrow terminal
 EPOCH_LINES = 20  # about as many epochs of a long job get their line
 
 
@@ -153,14 +154,17 @@ class LiveBar:
     def report(self, report: job_pb2.Report) -> None:
         if self._thinning.wants(report) and ends_epoch(report, self._epochs):
             self._console.print(epoch_line(report, self._epochs), markup=False, highlight=False)
-        left = seconds_left(report)
+        where = f"epoch {report.epoch}/{self._epochs}"
+        seconds = seconds_left(report)
+        left = f"{duration(seconds)} left" if seconds is not None else ""
+        room = self._console.width - len(where) - len(left) - BAR_AT_LEAST - 3  # a blank between the columns
         self._progress.update(
             self._task,
-            description=f"epoch {report.epoch}/{self._epochs}",
+            description=where,
             total=report.total_steps or None,
             completed=report.step,
-            figures="  ".join([*_figures(report, TRAINING), speed(report)]),
-            left=f"{duration(left)} left" if left is not None else "",
+            figures=_fitting([*_figures(report, TRAINING), speed(report)], room),
+            left=left,
         )
 
     def __enter__(self) -> Self:
@@ -169,6 +173,17 @@ class LiveBar:
 
     def __exit__(self, *_: object) -> None:
         self._progress.stop()
+
+
+def _fitting(figures: Sequence[str], room: int) -> str:
+    """As many of them, from the first on, as the room holds."""
+    line = ""
+    for figure in figures:
+        longer = f"{line}  {figure}" if line else figure
+        if len(longer) > room:
+            break
+        line = longer
+    return line
 
 
 def _make_progress(console: Console) -> Progress:
@@ -180,7 +195,7 @@ def _make_progress(console: Console) -> Progress:
 
     return Progress(
         text("{task.description}"),
-        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+        BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=BAR_AT_LEAST)),
         text("{task.fields[figures]}"),
         text("{task.fields[left]}"),
         console=console,

@@ -69,8 +69,19 @@ def run(options: RunOptions) -> int:
         raise CommandFault("--resume needs -o DIR, the folder of the run to go on with", ExitCode.USAGE)
     output = options.output if options.output is not None else new_folder(job.name, datetime.now())
     check_output(output, options.resume)
+    mpirun, worker = _programs()
+    cores = available_cores()
+    if job.workers > cores:
+        say(f"warning: {job.workers} workers share {cores} cores and take turns; -n {cores} gives each its own")
     log_dir = Path(tempfile.mkdtemp(prefix="paceline-run-"))
-    launch = _plan(options, settings, output, log_dir, job)
+    launch = render(
+        mpirun=mpirun,
+        worker=worker,
+        ranks=job.workers,
+        cores=cores,
+        arguments=worker_arguments(options, settings, output, log_dir),
+        forwarded={},
+    )
 
     with stop_signals():
         try:
@@ -117,20 +128,19 @@ def check_output(folder: Path, resume: bool) -> None:
         raise CommandFault(f"{folder} holds no run to resume; leave --resume out to start one", ExitCode.USAGE)
 
 
-def _plan(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path, job: job_pb2.JobSpec) -> Launch:
-    cores = available_cores()
-    if job.workers > cores:
-        say(f"warning: {job.workers} workers share {cores} cores and wait for each other; more cores or fewer workers")
+def worker_arguments(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path) -> list[str]:
+    """What `paceline-worker` is told."""
     arguments = ["train", str(options.job_file), "-o", str(output), "--log-dir", str(log_dir)]
     for setting in settings:
         arguments += ["--set", setting]
-    if options.resume:
-        arguments.append("--resume")
+    return [*arguments, "--resume"] if options.resume else arguments
+
+
+def _programs() -> tuple[str, str]:
     try:
-        mpirun, worker = find_mpirun(), find_worker()
+        return find_mpirun(), find_worker()
     except LauncherMissing as missing:
         raise CommandFault(str(missing)) from missing
-    return render(mpirun=mpirun, worker=worker, ranks=job.workers, cores=cores, arguments=arguments, forwarded={})
 
 
 def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display) -> int:

