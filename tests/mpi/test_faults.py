@@ -15,9 +15,9 @@ END_SECONDS = 20  # far less than the 60 s after which a stall would end it anyw
 
 @pytest.fixture
 def endless_job(tmp_path: Path) -> Path:
-    """A job that would take days."""
+    """A job that would take days, with epochs long enough that nearly all its time is spent in steps."""
     random = np.random.default_rng(0)
-    np.savez(tmp_path / "data.npz", x=random.standard_normal((1000, 50)), y=random.integers(0, 3, 1000))
+    np.savez(tmp_path / "data.npz", x=random.standard_normal((100_000, 50)), y=random.integers(0, 3, 100_000))
     job = {
         "name": "endless",
         "data": {"train": {"npz": {"path": "data.npz"}}},

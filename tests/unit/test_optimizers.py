@@ -163,10 +163,11 @@ def torch_optimizer(torch, name, weights, biases):
     return torch.optim.AdamW([decayed, {"params": biases, "weight_decay": 0.0}], **adam)
 
 
+@pytest.mark.oracle
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
 @pytest.mark.parametrize("name", SPECS)
 def test_twenty_steps_equal_torch_s(name, dtype, tolerance):
-    torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch==2.13.0")
+    torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-oracle installs and runs it")
     edges = sorted({0, LENGTH, *(edge for pair in DECAYED for edge in pair)})
     pieces = {(a, b): torch.nn.Parameter(torch.tensor(start(dtype)[a:b])) for a, b in pairwise(edges)}
     weights = [piece for bounds, piece in pieces.items() if bounds in DECAYED]

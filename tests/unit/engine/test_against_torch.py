@@ -6,7 +6,8 @@ import pytest
 from protos import job_pb2
 from worker.optimizers import make_optimizer
 
-torch = pytest.importorskip("torch", reason="PyTorch is not installed: pip install torch==2.13.0")
+torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-oracle installs and runs it")
+pytestmark = pytest.mark.oracle
 
 ACTIVATIONS = {
     "sigmoid": torch.nn.Sigmoid(),
