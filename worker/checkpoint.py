@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,6 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     Raises:
         CheckpointFault: the disk refused; nothing is left under `path`.
     """
-    from safetensors.numpy import save
-
     tensors = {PARAMETERS: checkpoint.parameters}
     tensors |= {STATE_PREFIX + name: array for name, array in checkpoint.state.items()}
     metadata = {
@@ -53,7 +52,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "layout_digest": checkpoint.layout_digest,
         "decayed": json.dumps(checkpoint.decayed),
     }
-    write_atomically(path, save(tensors, metadata))
+    write_safetensors(path, tensors, metadata)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -62,23 +61,53 @@ def write_atomically(path: Path, data: bytes) -> None:
     Raises:
         CheckpointFault: the disk refused.
     """
+    with replacing(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write a safetensors file atomically, straight from the arrays: they are not copied.
+
+    Raises:
+        CheckpointFault: the disk refused.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    with replacing(path) as temporary:
+        try:
+            save_file(tensors, temporary, metadata)
+        except SafetensorError as error:
+            raise OSError(0, str(error)) from error
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary file beside `path` to write to; when the block ends well it is on disk and takes the path's name.
+
+    Raises:
+        CheckpointFault: the disk refused; the old file is untouched and the temporary one gone.
+    """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        _sync(temporary)
         temporary.rename(path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
+        _sync(path.parent)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise CheckpointFault(
-            f"{path}: cannot be written: {error.strerror}; free some space or name another -o"
+            f"{path}: cannot be written: {error.strerror}; free some space or name another folder with -o"
         ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def read_checkpoint(path: Path) -> Checkpoint:

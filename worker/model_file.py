@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-from protos.job_file import JobFileInvalid, parse_job, to_yaml
 
 from protos import job_pb2
-from worker.checkpoint import read_safetensors, write_atomically
+from protos.job_file import JobFileInvalid, parse_job, to_yaml
+from worker.checkpoint import read_safetensors, write_safetensors
 from worker.data.preprocessing import Preprocessing
 from worker.engine.model import Model
 from worker.errors import CheckpointFault
@@ -32,8 +32,6 @@ class TrainedModel(NamedTuple):
 
 def write_model(folder: Path, job: job_pb2.JobSpec, model: Model, preprocessing: Preprocessing) -> None:
     """Write folder/model.safetensors atomically."""
-    from safetensors.numpy import save
-
     metadata = {
         "format": "paceline",
         "name": job.name,
@@ -41,7 +39,7 @@ def write_model(folder: Path, job: job_pb2.JobSpec, model: Model, preprocessing:
         "preprocessing": preprocessing.to_json(),
         "sample_shape": json.dumps(list(model.sample_shape)),
     }
-    write_atomically(folder / FILE_NAME, save(model.named_parameters(), metadata))
+    write_safetensors(folder / FILE_NAME, model.named_parameters(), metadata)
 
 
 def read_model(folder: Path) -> TrainedModel:
