@@ -5,6 +5,7 @@ held against the bytes that are there.
 """
 
 import math
+import struct
 import zipfile
 import zlib
 from io import BufferedIOBase
@@ -20,6 +21,8 @@ from worker.errors import DataFault
 
 NPY_MAGIC = b"\x93NUMPY"
 ZIP_MAGIC = b"PK"
+# What zipfile raises when an archive's directory or contents are not what its writer meant.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
 class _Header(NamedTuple):
@@ -63,7 +66,7 @@ def read_npz(path: str, *names: str) -> list[StoredArray]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return [_read_member(path, archive, name, file_bytes) for name in names]
-        except zipfile.BadZipFile as error:
+        except DAMAGE as error:
             raise DataFault(
                 f"{path}: the npz archive of {file_bytes} bytes is damaged ({error}); write it again"
             ) from error
@@ -92,9 +95,9 @@ def _read_member(path: str, archive: zipfile.ZipFile, name: str, file_bytes: int
                     f"{place}: the npy header declares {header}, the archive holds {entry.file_size}; write it again"
                 )
             return StoredArray(_read_values(stream, header), place)
-    except (EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise DataFault(f"{place}: is damaged ({error}); write it again") from error
-    except (RuntimeError, NotImplementedError) as error:  # how zipfile words a password and an unknown compression
+    except RuntimeError as error:  # how zipfile says that a password is needed
         raise DataFault(f"{place}: cannot be unpacked ({error}); write it with np.savez_compressed") from error
 
 
