@@ -5,6 +5,7 @@ held against the bytes that are there.
 """
 
 import math
+import struct
 import zipfile
 import zlib
 from io import BufferedIOBase
@@ -20,6 +21,8 @@ from worker.errors import DataFault
 
 NPY_MAGIC = b"\x93NUMPY"
 ZIP_MAGIC = b"PK"
+# What zipfile raises when an archive's directory or contents are not what its writer meant.
+DAMAGE = (zipfile.BadZipFile, zlib.error, struct.error, EOFError, ValueError, OverflowError, NotImplementedError)
 
 
 class _Header(NamedTuple):
@@ -47,8 +50,8 @@ def read_npy(path: str) -> StoredArray:
         return StoredArray(np.empty(header.shape, header.stored), path)
     try:
         mapped = np.load(path, mmap_mode="r", allow_pickle=False)
-    except OSError as error:
-        raise DataFault(f"{path}: cannot be memory-mapped: {error.strerror or error}; check the file") from error
+    except (OSError, ValueError) as error:  # a limit on mappings, or a file that shrank since it was measured
+        raise DataFault(f"{path}: cannot be memory-mapped: {error}; check the file") from error
     return StoredArray(np.asarray(mapped), path)  # a plain array over the map: indexing np.memmap itself is slower
 
 
@@ -63,7 +66,7 @@ def read_npz(path: str, *names: str) -> list[StoredArray]:
         try:
             with zipfile.ZipFile(file) as archive:
                 return [_read_member(path, archive, name, file_bytes) for name in names]
-        except zipfile.BadZipFile as error:
+        except DAMAGE as error:
             raise DataFault(
                 f"{path}: the npz archive of {file_bytes} bytes is damaged ({error}); write it again"
             ) from error
@@ -76,6 +79,8 @@ def _read_member(path: str, archive: zipfile.ZipFile, name: str, file_bytes: int
     except KeyError:
         there = ", ".join(sorted(member.removesuffix(".npy") for member in archive.namelist())) or "none"
         raise DataFault(f"{path}: has no array {name!r}; the arrays there are: {there}") from None
+    if entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise DataFault(f"{place}: is compressed in a way NumPy never writes; write it with np.savez_compressed")
     if entry.compress_size > file_bytes or entry.file_size > DEFLATE_MAX_RATIO * max(entry.compress_size, 1):
         raise DataFault(
             f"{place}: declares {entry.file_size} bytes packed into {entry.compress_size}, "
@@ -90,9 +95,9 @@ def _read_member(path: str, archive: zipfile.ZipFile, name: str, file_bytes: int
                     f"{place}: the npy header declares {header}, the archive holds {entry.file_size}; write it again"
                 )
             return StoredArray(_read_values(stream, header), place)
-    except (EOFError, ValueError, zlib.error) as error:
+    except DAMAGE as error:
         raise DataFault(f"{place}: is damaged ({error}); write it again") from error
-    except (RuntimeError, NotImplementedError) as error:  # how zipfile words a password and an unknown compression
+    except RuntimeError as error:  # how zipfile says that a password is needed
         raise DataFault(f"{place}: cannot be unpacked ({error}); write it with np.savez_compressed") from error
 
 
@@ -103,7 +108,8 @@ def _read_values(stream: BufferedIOBase, header: _Header) -> NDArray[Any]:
         raise EOFError(f"ends after {header.header_bytes + filled} of {header.total_bytes} bytes")
     stream.read(1)  # the end of the member is where zipfile checks its checksum
     # Rows are read one at a time, so they are laid out one after the other, in the machine's byte order.
-    return np.ascontiguousarray(values.T if header.column_major else values, header.stored.newbyteorder("="))
+    rows = values.T if header.column_major else values
+    return rows.astype(header.stored.newbyteorder("="), order="C", copy=False)
 
 
 def _read_header(place: str, stream: BufferedIOBase) -> _Header:
@@ -116,9 +122,12 @@ def _read_header(place: str, stream: BufferedIOBase) -> _Header:
         raise DataFault(f"{place}: npy format version {version} is not known; write it with np.save")
     try:
         shape, column_major, stored = readers[version](stream)
-    except ValueError as error:
-        reason = str(error).splitlines()[0]
+    except Exception as error:  # NumPy documents ValueError; its parser lets TypeError, TokenError and others through
+        reason = str(error).partition("\n")[0]
         raise DataFault(f"{place}: the npy header is damaged ({reason}); write it again with np.save") from None
-    if stored.hasobject:
-        raise DataFault(f"{place}: holds Python objects, which are never loaded; store numbers (integers or floats)")
+    if min(shape, default=0) < 0:
+        raise DataFault(f"{place}: the npy header declares the shape {shape}; write it again with np.save")
+    if stored.kind not in "buif":
+        held = "Python objects, which are never loaded" if stored.hasobject else f"{stored}, not numbers"
+        raise DataFault(f"{place}: holds {held}; store integers or floats")
     return _Header(shape, column_major, stored, stream.tell())

@@ -56,12 +56,7 @@ class Preprocessing:
             self._columns[key] = (np.array(self.mean, wide), (1.0 / np.array(self.deviation)).astype(out.dtype))
         mean, inverse = self._columns[key]
         rows, flat = raw.reshape(len(raw), width), out.reshape(len(out), width)
-        if wide == out.dtype:  # converting and subtracting one after the other, in cache, beats one pass for both
-            if raw is not out:
-                np.copyto(flat, rows)
-            np.subtract(flat, mean, out=flat)
-        else:
-            np.subtract(rows, mean, out=flat, dtype=wide, casting="same_kind")
+        np.subtract(rows, mean, out=flat, dtype=wide, casting="same_kind")
         np.multiply(flat, inverse, out=flat)
 
     @cached_property

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from worker.errors import DataFault
 
 BLOCK_BYTES = 1 << 22  # two blocks fit in a core's share of the outer cache; larger ones were no faster
-FLOAT32_MAX = float(np.finfo(np.float32).max)
+FLOAT32_MAX = np.float64(np.finfo(np.float32).max)  # a float64, so that float16 is compared as float64 too
 
 Index = tuple[int, ...]
 

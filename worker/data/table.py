@@ -47,13 +47,15 @@ def _read(path: str) -> tuple[list[str], NDArray[np.float64]]:
         names = _read_names(path, text)
         try:
             with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message=".*input contained no data")  # the check of 0 samples says it
+                warnings.filterwarnings("ignore", message=".*input contained no data")  # said below, as a fault
                 values = np.loadtxt(text, delimiter=",", quotechar='"', comments=None, ndmin=2, dtype=np.float64)
         except UnicodeDecodeError:
             raise _not_text(path) from None
         except ValueError as error:
             raise _diagnosis(path, len(names), str(error)) from None
-    if len(values) and values.shape[1] != len(names):
+    if len(values) == 0:
+        raise DataFault(f"{path}: holds 0 samples: there is no row under the names in line 1; at least one is needed")
+    if values.shape[1] != len(names):
         raise _diagnosis(path, len(names), f"{values.shape[1]} columns of numbers under {len(names)} names")
     return names, values
 
@@ -67,6 +69,8 @@ def _read_names(path: str, text: TextIO) -> list[str]:
         raise DataFault(
             f"{path}: line 1 cannot be read as column names ({error}); write names separated by commas"
         ) from None
+    if not any(names):
+        raise DataFault(f"{path}: line 1 is empty; the first line must be the names of the columns")
     if all(_is_number(name) for name in names):
         raise DataFault(
             f"{path}: line 1 holds numbers ({_listed(names)}); the first line must be the names of the columns"

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from worker.data.stored_array import StoredArray, check_finite
 from worker.errors import DataFault
 
-LARGEST_LABEL = 2**53  # up to here a float64 holds every whole number
+LARGEST_LABEL = np.float64(2**53)  # up to here a float64 holds every whole number
 
 
 def as_targets(array: StoredArray, kind: str) -> NDArray[Any]:
