@@ -1,9 +1,11 @@
-"""A parameter-server round trip beside a raw gRPC stream echo of the same bytes: `python FILE [--workers 2] [--rounds 40]`.
+"""A parameter-server round trip beside a raw gRPC stream echo of the same bytes.
+
+Run as `python FILE [--workers 2] [--rounds 40]`.
 
 Both sides run as they do in training: one server process and a process for each worker, all workers starting each
-round trip together, chunks of about 1 MB. The echo is gRPC with bytes in and bytes out. Its server is one of threads or one
-on an event loop; the faster counts. Rounds alternate between the sides, so that a busy machine is busy for both; the
-figure is the median over the rounds of the slowest worker's time.
+round trip together, chunks of about 1 MB. The echo is gRPC with bytes in and bytes out; its server is one of threads
+or one on an event loop, and the faster counts. Rounds alternate between the sides, so that a busy machine is busy for
+both; the figure is the median over the rounds of the slowest worker's time.
 """
 
 import argparse
