@@ -28,6 +28,15 @@ _ALIGNMENT = 4  # NumPy reads an array that is not aligned to its elements at a 
 M = TypeVar("M", bound=Message)
 
 
+def even_chunk_elements(count: int) -> int:
+    """The size of equal chunks, near CHUNK_ELEMENTS, that `count` elements divide into.
+
+    Equal, because a short chunk costs a message as a full one does: of 535,818 elements, two chunks of 1.07 MB take
+    less time than two of 1 MB and a rest.
+    """
+    return -(-count // max(1, round(count / CHUNK_ELEMENTS)))
+
+
 def chunk_bounds(start: int, stop: int, chunk_elements: int) -> Iterator[tuple[int, int]]:
     """Yield the (start, stop) of each chunk of the elements start to stop - 1; the last may be shorter."""
     for first in range(start, stop, chunk_elements):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from worker.wire import CHUNK_ELEMENTS, Float32, chunk_bounds
+from worker.wire import Float32, chunk_bounds, even_chunk_elements
 
 if TYPE_CHECKING:
     from worker.optimizers import Optimizer
@@ -44,12 +44,14 @@ class ShardSetup:
     start: int = 0  # the shard holds elements start to stop - 1 of the flat vector
     stop: int = -1  # -1: to the end
     decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
-    chunk_elements: int = CHUNK_ELEMENTS
+    chunk_elements: int = 0  # 0: equal chunks of about 1 MB
     step_timeout_seconds: float = 60.0  # from a step's first push to its last
 
     def __post_init__(self) -> None:
         if self.stop == -1:
             object.__setattr__(self, "stop", self.parameter_count)
+        if self.chunk_elements == 0:
+            object.__setattr__(self, "chunk_elements", even_chunk_elements(self.stop - self.start))
 
 
 class Push(NamedTuple):
