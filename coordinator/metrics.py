@@ -196,17 +196,24 @@ class Metrics(Collector):
             "When the coordinator last had word of the rank.",
             labels=["job", "rank"],
         )
+        saved = GaugeMetricFamily(
+            "paceline_checkpoint_last_success_timestamp_seconds",
+            "When the job's newest checkpoint was complete.",
+            labels=["job"],
+        )
         for job_id, training in self._training.items():
             totals: dict[tuple[str, str], int] = {}
             for number, rank in sorted(training.ranks.items()):
                 wait.add_metric([job_id, str(number)], rank.exchange_wait_seconds)
                 beat.add_metric([job_id, str(number)], training.heartbeats[number].timestamp())
+                if rank.HasField("checkpoint_time"):
+                    saved.add_metric([job_id], rank.checkpoint_time)
                 for direction, by_transport in (("sent", rank.sent_bytes), ("received", rank.received_bytes)):
                     for transport, count in by_transport.items():
                         totals[transport, direction] = totals.get((transport, direction), 0) + count
             for (transport, direction), count in sorted(totals.items()):
                 sent.add_metric([job_id, transport, direction], count)
-        yield from (wait, sent, beat)
+        yield from (wait, sent, beat, saved)
 
 
 def _optional(column: str) -> bool:

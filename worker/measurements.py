@@ -115,15 +115,16 @@ def make_report(
     }
 
 
-def rank_report(rank: int, host: str, statistics: ExchangeStatistics) -> dict[str, Any]:
+def rank_report(rank: int, host: str, statistics: ExchangeStatistics, checkpoint_time: float | None) -> dict[str, Any]:
     """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
-    return {
+    report = {
         "rank": rank,
         "host": host,
         "exchange_wait_seconds": statistics.wait_seconds,
         "sent_bytes": statistics.sent_bytes,
         "received_bytes": statistics.received_bytes,
     }
+    return report if checkpoint_time is None else report | {"checkpoint_time": checkpoint_time}
 
 
 def finite_or_none(value: float) -> float | None:

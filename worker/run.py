@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -146,8 +147,8 @@ def _open_folder(
 
 def _checkpoint(
     world: World, job: job_pb2.JobSpec, prepared: Prepared, exchange: Exchange, folder: Path, position: Position
-) -> None:
-    """Collective: every rank gives its part of the optimizer's state."""
+) -> float | None:
+    """Write a checkpoint; rank 0 says when it was complete. Collective: every rank gives its part of the state."""
     state = exchange.gather_state()
     fault: str | None = None
     if world.rank == 0:
@@ -155,6 +156,7 @@ def _checkpoint(
     fault = world.broadcast(fault)
     if fault:
         raise TrainingFault(fault)
+    return time.time() if world.rank == 0 else None
 
 
 def _write_checkpoint(

@@ -34,7 +34,7 @@ class Observers:
     """Whom the loop tells. All are called on every rank at the same step, except `report`: on rank 0 alone."""
 
     report: Callable[[dict[str, Any], list[dict[str, Any]], bool], None]  # report, all ranks' statistics, ends_epoch
-    end_of_epoch: Callable[[Position], None]  # the place for a checkpoint
+    end_of_epoch: Callable[[Position], float | None]  # writes a checkpoint; rank 0 says when it was complete
     doing: Callable[[str], None]  # what comes next, for the watchdog
 
 
@@ -72,8 +72,10 @@ def train(
         evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing)
     model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
 
+    checkpoint_time: float | None = None
+
     def report(position: Position, meter: Meter, validation: dict[str, float | None] | None = None) -> None:
-        ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics))
+        ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics, checkpoint_time))
         if world.rank == 0:
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
             observers.report(line | (validation or {}), ranks, validation is not None)
@@ -127,9 +129,9 @@ def train(
             loss, accuracy = evaluator.evaluate()
             validation = {"validation_loss": loss, "validation_accuracy": accuracy}
         position = Position(step, epoch + 1, samples_done)
-        report(position, meter, validation)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
-        observers.end_of_epoch(position)
+        checkpoint_time = observers.end_of_epoch(position)
+        report(position, meter, validation)
         steady.pause()
 
     return Result(

@@ -66,6 +66,7 @@ def test_what_is_reported_is_what_is_shown(metrics, page, noon) -> None:
         )
         for rank in (0, 1)
     ]
+    ranks[0].checkpoint_time = 1_700_000_000.5
     metrics.reported("a-1", [report(10, loss=2.0), report(20, loss=1.5)], ranks)
     shown = page()
     assert shown['paceline_train_loss{job="a-1"}'] == 1.5
@@ -77,6 +78,7 @@ def test_what_is_reported_is_what_is_shown(metrics, page, noon) -> None:
     assert shown['paceline_exchange_bytes_total{direction="sent",job="a-1",transport="mpi"}'] == 20
     assert shown['paceline_exchange_bytes_total{direction="received",job="a-1",transport="grpc"}'] == 10
     assert shown['paceline_worker_last_heartbeat_timestamp_seconds{job="a-1",rank="0"}'] == noon.timestamp()
+    assert shown['paceline_checkpoint_last_success_timestamp_seconds{job="a-1"}'] == 1_700_000_000.5
     assert 'paceline_validation_loss{job="a-1"}' not in shown
 
 
