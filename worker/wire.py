@@ -7,6 +7,7 @@ with one copy, and read where they lie with none.
 Rules: the array is the message's last field and little-endian float32. Nothing here knows what a message means.
 """
 
+import ctypes
 from collections.abc import Iterator
 from typing import TypeVar
 
@@ -23,7 +24,9 @@ CHUNK_ELEMENTS = 1 << 18
 _LENGTH_DELIMITED = 2
 _PADDING_FIELD = 14
 _ALIGNMENT = 4  # NumPy reads an array that is not aligned to its elements at a third of the speed
-
+# From glibc's malloc.h.
+_M_TRIM_THRESHOLD = -1
+_M_MMAP_THRESHOLD = -3
 
 M = TypeVar("M", bound=Message)
 
@@ -88,6 +91,19 @@ def decode(kind: type[M], field: int, data: bytes) -> tuple[M, memoryview]:
 def as_array(payload: memoryview) -> Float32:
     """The payload as float32 elements, not copied and read-only. Raises ValueError on a broken last element."""
     return np.frombuffer(payload, dtype=FLOAT32)
+
+
+def keep_freed_memory() -> None:
+    """Have glibc's malloc keep what messages free instead of giving it back to the system at once.
+
+    Each chunk is a fresh megabyte; given back and asked for again, it costs 256 page faults, which were 12 of the
+    36 ms of processor time that a server spent on a round trip of 23 MB. At most 64 MB are kept. Other C libraries
+    have no such setting and are left alone.
+    """
+    set_option = getattr(ctypes.CDLL(None), "mallopt", None)
+    if set_option is not None:
+        set_option(_M_MMAP_THRESHOLD, 32 << 20)
+        set_option(_M_TRIM_THRESHOLD, 64 << 20)
 
 
 def _key(field: int) -> bytes:

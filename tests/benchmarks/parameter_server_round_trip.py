@@ -4,8 +4,9 @@ Run as `python FILE [--workers 2] [--rounds 40]`.
 
 Both sides run as they do in training: one server process and a process for each worker, all workers starting each
 round trip together, chunks of about 1 MB. The echo is gRPC with bytes in and bytes out; its server is one of threads
-or one on an event loop, and the faster counts. Rounds alternate between the sides, so that a busy machine is busy for
-both; the figure is the median over the rounds of the slowest worker's time.
+or one on an event loop, and the faster counts. `echo-kept` is the threads' echo with our setting of malloc
+(worker/wire.py): what the transport could give at best. Rounds alternate between the sides, so that a busy machine is
+busy for all; the figure is the median over the rounds of the slowest worker's time.
 """
 
 import argparse
@@ -25,6 +26,7 @@ import grpc
 import numpy as np
 
 from protos import job_pb2
+from worker.wire import keep_freed_memory
 
 SIZES = {"0.4 MB": 100_000, "2.1 MB": 535_818, "23.3 MB": 5_824_522}  # parameters of the design's three models
 CHUNK_BYTES = 1 << 20
@@ -40,6 +42,9 @@ OPTIMIZERS = {
 
 
 def serve_echo(kind: str) -> None:
+    if kind == "echo-kept":
+        keep_freed_memory()
+
     def threaded(requests, _context):
         yield from requests
 
@@ -105,6 +110,8 @@ def shard_trip(address: str, count: int, worker: int, workers: int) -> Callable[
 
 def run_worker(kind: str, address: str, count: int, worker: int, workers: int) -> None:
     """One line in, one round trip, its seconds out; until the input ends."""
+    if kind == "echo-kept":
+        keep_freed_memory()
     trip = echo_trip(address, count) if kind.startswith("echo") else shard_trip(address, count, worker, workers)
     print("ready", flush=True)
     for step, _ in enumerate(sys.stdin, start=1):
@@ -147,7 +154,9 @@ def compare(name: str, count: int, workers: int, rounds: int, folder: Path) -> N
     start_file = folder / f"{count}.safetensors"
     metadata = {"step": "0", "layout_digest": DIGEST, "decayed": "[]"}
     save_file({"parameters": np.zeros(count, np.float32)}, start_file, metadata)
-    sides = {kind: Side(kind, count, workers, start_file) for kind in ("echo-threads", "echo-loop", *OPTIMIZERS)}
+    sides = {
+        kind: Side(kind, count, workers, start_file) for kind in ("echo-threads", "echo-loop", "echo-kept", *OPTIMIZERS)
+    }
     for number in range(rounds + 3):
         for side in sides.values():
             seconds = side.round()

@@ -25,7 +25,7 @@ import numpy as np
 from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.shard import Shard, ShardSetup
-from worker.wire import Float32
+from worker.wire import Float32, keep_freed_memory
 
 START_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 5.0
@@ -87,6 +87,7 @@ def serve_parameters(
     token = os.environ.get(environment.JOB_TOKEN, "")
     if not token:
         raise UsageFault(f"{environment.JOB_TOKEN} is not set: the parameter server needs the job's token")
+    keep_freed_memory()
     shard = load_shard(start_file, spec, workers, generation)
     asyncio.run(_serve(shard, token, listen))
 

@@ -258,10 +258,10 @@ class Shard:
         """Sum in worker order, divide by the batch, run the optimizer on this chunk."""
         pushes = [chunk.held[worker] for worker in sorted(chunk.held)]
         mean = self._sum[: len(chunk.parameters)]
-        np.copyto(mean, pushes[0].gradient)
+        total = pushes[0].gradient
         for other in pushes[1:]:
-            np.add(mean, other.gradient, out=mean)
-        np.divide(mean, np.float32(push.samples), out=mean)
+            total = np.add(total, other.gradient, out=mean)
+        np.divide(total, np.float32(push.samples), out=mean)
         self._optimizer.update(chunk.parameters, mean, chunk.state, push.step, push.learning_rate, chunk.decayed)
         if chunk.offset == self.setup.start:
             self._totals = tuple(math.fsum(column) for column in zip(*(p.totals for p in pushes), strict=True))

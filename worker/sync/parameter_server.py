@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
 from worker.errors import TrainingFault
-from worker.wire import Float32, as_array, chunk_bounds, decode, encode
+from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
 GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
@@ -97,6 +97,7 @@ class ParameterServerExchange:
 
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
+        keep_freed_memory()
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
             layout_digest=self._layout_digest,
