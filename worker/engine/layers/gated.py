@@ -5,6 +5,7 @@ with it. They work through their values in slices that stay in cache, since each
 """
 
 import math
+from collections.abc import Callable
 from typing import ClassVar, Final
 
 import numpy as np
@@ -22,6 +23,8 @@ class Gated(Elementwise):
     """What the two share: `scratch` holds f' from forward to backward, so the output may be written over."""
 
     reads_output: ClassVar[bool] = False
+    # Called with x, y, slope and buffers: writes f(x) to y, which may be x, and f'(x) to slope.
+    evaluate: Callable[..., None]
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """Also buffers of a slice."""
@@ -38,11 +41,6 @@ class Gated(Elementwise):
             count = len(values[part])
             self.evaluate(values[part], results[part], slopes[part], *(buffer[:count] for buffer in self.buffers))
         return y
-
-    @staticmethod
-    def evaluate(x: FloatArray, y: FloatArray, slope: FloatArray, *buffers: FloatArray) -> None:
-        """Write f(x) to y, which may be x, and f'(x) to slope."""
-        raise TypeError("a gated activation says what its gate is")
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx = dL/dy f'(x), f' as forward found it."""

@@ -11,12 +11,11 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
-from protos import job_pb2
 from worker.engine.layers.window import require_image, slide
 from worker.engine.params import FloatArray, Parameter, Shape
 
 # Images of a slice, with what surrounds them: their windows and gradients are of the same size or smaller.
-SLICE_BYTES: Final = 256 * 1024
+SLICE_BYTES: Final = 512 * 1024
 
 
 class Untrained:
@@ -53,7 +52,7 @@ class WindowPool(Untrained):
         self.padded = np.full((self.slice_images, *padded), self.outside, dtype)
         self.d_padded = np.empty_like(self.padded)
         self.part = np.empty((self.slice_images, *self.output_shape), dtype)
-        self.rest = np.empty_like(self.part)
+        self.largest = np.empty(self.part.shape, np.bool_)
 
     def slices(self, samples: int) -> Iterator[slice]:
         """The batch cut into slices."""
@@ -75,10 +74,6 @@ class MaxPool2d(WindowPool):
     reads_output: ClassVar[bool] = True
     outside: ClassVar[float] = -np.inf
 
-    def __init__(self, options: job_pb2.MaxPool2dLayer, input_shape: Shape) -> None:
-        """As every pool with windows."""
-        super().__init__(options, input_shape)
-
     def forward(self, x: FloatArray) -> FloatArray:
         """x (n, height, width, channels) -> (n, rows, columns, channels)."""
         self.x = x
@@ -96,13 +91,12 @@ class MaxPool2d(WindowPool):
         all, as in PyTorch: what it took is no longer there for those behind it.
         """
         for images in self.slices(len(dy)):
-            padded, y = self.surround(self.x[images]), self.y[images]
-            d_padded, part, rest = self.d_padded[: len(y)], self.part[: len(y)], self.rest[: len(y)]
+            padded, y, rest = self.surround(self.x[images]), self.y[images], dy[images]
+            d_padded, part, largest = self.d_padded[: len(y)], self.part[: len(y)], self.largest[: len(y)]
             d_padded[...] = 0
-            rest[...] = dy[images]
             for place in self.windows.positions:
-                np.equal(self.windows.at(padded, *place), y, out=part)
-                np.multiply(part, rest, out=part)
+                np.equal(self.windows.at(padded, *place), y, out=largest)
+                np.multiply(largest, rest, out=part)
                 np.subtract(rest, part, out=rest)
                 target = self.windows.at(d_padded, *place)
                 np.add(target, part, out=target)
@@ -115,10 +109,6 @@ class AveragePool2d(WindowPool):
 
     reads_output: ClassVar[bool] = False
     outside: ClassVar[float] = 0.0
-
-    def __init__(self, options: job_pb2.AveragePool2dLayer, input_shape: Shape) -> None:
-        """As every pool with windows."""
-        super().__init__(options, input_shape)
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """Also one over the number of pixels each window sees."""
