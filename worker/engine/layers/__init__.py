@@ -5,9 +5,16 @@ A new layer is a message in job.proto, a class that keeps to layer.py, and a lin
 
 from typing import Final
 
+from worker.engine.layers.attention import Attention
 from worker.engine.layers.dense import Dense
+from worker.engine.layers.dropout import Dropout
 from worker.engine.layers.elementwise import LeakyRelu, Relu, Sigmoid, Tanh
+from worker.engine.layers.embedding import Embedding
 from worker.engine.layers.layer import Layer
+from worker.engine.layers.layer_norm import LayerNorm
+from worker.engine.layers.linear import Linear
+from worker.engine.layers.positions import Positions
+from worker.engine.layers.residual import Residual
 from worker.engine.layers.softmax import Softmax
 
 LAYERS: Final[dict[str, type[Layer]]] = {
@@ -17,4 +24,11 @@ LAYERS: Final[dict[str, type[Layer]]] = {
     "relu": Relu,
     "leaky_relu": LeakyRelu,
     "softmax": Softmax,
+    "layer_norm": LayerNorm,
+    "residual": Residual,
+    "dropout": Dropout,
+    "embedding": Embedding,
+    "positions": Positions,
+    "linear": Linear,
+    "attention": Attention,
 }
