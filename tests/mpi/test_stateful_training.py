@@ -26,7 +26,8 @@ JOB = {
     "name": "tokens",
     "data": {"validation_fraction": 0.2},
     "model": [
-        {"embedding": {"vocabulary": VOCABULARY, "units": 8}}, "positions", *BLOCK, "layer_norm", {"dense": {"units": 3}},
+        {"embedding": {"vocabulary": VOCABULARY, "units": 8}}, "positions",
+        *BLOCK, "layer_norm", {"dense": {"units": 3}},
     ],
     "loss": "softmax_cross_entropy",
     "optimizer": {"momentum": {"learning_rate": 0.05}},
