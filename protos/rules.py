@@ -203,10 +203,24 @@ def _logits_for_the_loss(spec: JobSpec) -> Violation | None:
     return Violation(f"loss.{loss}", f"takes logits: remove the {last} layer at model[{len(spec.model) - 1}]")
 
 
+def _losses_to_watch(spec: JobSpec) -> Violation | None:
+    if not spec.schedule.HasField("reduce_on_plateau") or _has_validation(spec):
+        return None
+    return Violation("schedule.reduce_on_plateau", NEEDS_VALIDATION)
+
+
+NEEDS_VALIDATION = "needs a validation loss: give data.validation or data.validation_fraction"
+
+
+def _has_validation(spec: JobSpec) -> bool:
+    return spec.data.HasField("validation") or spec.data.validation_fraction > 0
+
+
 CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _one_held_out_set,
     _one_preprocessing,
     _logits_for_the_loss,
+    _losses_to_watch,
 )
 
 

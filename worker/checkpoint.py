@@ -35,6 +35,7 @@ class Checkpoint:
     decayed: list[tuple[int, int]]  # ranges of the flat vector that weight decay applies to
     parameters: np.ndarray  # (parameter_count,) float32
     state: dict[str, np.ndarray]  # optimizer arrays of the same length; empty at step 0
+    validations: tuple[dict[str, Any], ...] = ()  # what each evaluation so far came to, as in metrics.jsonl
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -51,6 +52,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
         "samples": str(checkpoint.samples),
         "layout_digest": checkpoint.layout_digest,
         "decayed": json.dumps(checkpoint.decayed),
+        "validations": json.dumps(checkpoint.validations),
     }
     write_safetensors(path, tensors, metadata)
 
@@ -127,6 +129,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
             decayed=[(int(start), int(stop)) for start, stop in json.loads(metadata["decayed"])],
             parameters=parameters,
             state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
+            validations=tuple(json.loads(metadata.get("validations", "[]"))),
         )
     except (KeyError, ValueError) as error:
         raise CheckpointFault(f"{path}: is not a checkpoint of Paceline: {error}") from error

@@ -60,7 +60,9 @@ def run_job(
     prepared = world.agree(lambda: prepare(job))
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
-    start = Position(*world.broadcast([found.step, found.epoch, found.samples] if found else [0, 0, 0]))
+    start = Position(
+        *world.broadcast([found.step, found.epoch, found.samples, found.validations] if found else [0, 0, 0, ()])
+    )
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume)
     if exchange.note:
@@ -181,6 +183,7 @@ def _write_checkpoint(
             decayed_ranges(model.slots, 0, model.parameter_count),
             exchange.parameters,
             state,
+            position.validations,
         ),
     )
     prune_checkpoints(checkpoints, job.training.keep_checkpoints)

@@ -20,9 +20,10 @@ from worker.data.batches import BatchReader
 from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
 from worker.errors import TrainingFault
 from worker.evaluation import Evaluator
-from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report
+from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report, validation_losses
 from worker.optimizers import base_learning_rate
 from worker.preparation import Prepared
+from worker.schedules import make_schedule
 from worker.sync.exchange import Exchange
 from worker.sync.world import World
 
@@ -64,7 +65,7 @@ def train(
     samples = len(prepared.train)
     batches = steps_per_epoch(samples, job.training.batch_size)
     batch_size = min(job.training.batch_size or samples, samples)
-    learning_rate = base_learning_rate(job.optimizer)
+    schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
     reader = BatchReader(prepared.train, prepared.preprocessing, -(-batch_size // world.size))
     evaluator = None
@@ -80,7 +81,8 @@ def train(
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
             observers.report(line | (validation or {}), ranks, validation is not None)
 
-    step, samples_done = start.step, start.samples
+    step, samples_done, validations = start.step, start.samples, start.validations
+    learning_rate = schedule(samples_done, validation_losses(validations))
     first_step_time = 0.0
     train_loss: float | None = None
     validation: dict[str, float | None] = {}
@@ -88,11 +90,13 @@ def train(
     for epoch in range(start.epoch, epochs):
         order = sample_order(seed, epoch, samples)
         meter, epoch_meter = Meter(), Meter()
+        losses = validation_losses(validations)
         for batch in range(batches):
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
             first, last = batch_bounds(batch, samples, job.training.batch_size)
             low, high = share(first, last, world.rank, world.size)
+            learning_rate = schedule(samples_done, losses)
 
             meter.start_step()
             features, targets = reader.take(order[low:high])
@@ -128,7 +132,8 @@ def train(
             observers.doing(f"evaluating after epoch {epoch + 1}")
             loss, accuracy = evaluator.evaluate()
             validation = {"validation_loss": loss, "validation_accuracy": accuracy}
-        position = Position(step, epoch + 1, samples_done)
+            validations += (validation,)
+        position = Position(step, epoch + 1, samples_done, validations)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
         checkpoint_time = observers.end_of_epoch(position)
         report(position, meter, validation)

@@ -10,7 +10,7 @@ STEPS = 10
 PARAMETERS = 70_001  # more than two chunks, and not a multiple of anything
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "adamw"])
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adagrad", "rmsprop", "adam", "adamw"])
 def test_weights_and_state_are_the_same_however_the_ranks_lie_on_nodes(run_ranks, tmp_path, optimizer) -> None:
     results = {}
     # (ranks, ranks a node): alone; shared memory; every rank a node; two nodes of two; unequal nodes of two and one.
