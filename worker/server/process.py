@@ -39,7 +39,7 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
     """A shard that holds the parameters and optimizer state of a checkpoint. CheckpointFault names what is amiss."""
     from safetensors import SafetensorError, safe_open
 
-    from worker.optimizers import make_optimizer
+    from worker.update import make_update
 
     try:
         with safe_open(start_file, framework="numpy") as file:
@@ -57,7 +57,7 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
         raise CheckpointFault(f"{start_file}: its metadata is damaged: {error}") from error
     if parameters.ndim != 1 or parameters.dtype != np.float32 or len(parameters) == 0:
         raise CheckpointFault(f"{start_file}: parameters is {parameters.dtype} {parameters.shape}, needs float32 (n,)")
-    optimizer = make_optimizer(spec.optimizer)
+    optimizer = make_update(spec)
     state = optimizer.init(len(parameters), np.float32)
     for name in state:
         saved = tensors.get(f"optimizer.{name}")
@@ -76,6 +76,7 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
         generation=generation,
         mode=spec.sync.parameter_server.mode or "synchronous",
         decayed=decayed,
+        clip_norm=spec.training.clip_norm,
     )
     return Shard(setup, optimizer, parameters, state, step)
 
