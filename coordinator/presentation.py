@@ -193,6 +193,10 @@ def summary_facts(summary: job_pb2.Summary) -> list[tuple[str, str]]:
         facts.append(("validation loss", number(summary.validation_loss)))
     if summary.HasField("validation_accuracy"):
         facts.append(("validation accuracy", number(summary.validation_accuracy)))
+    if summary.HasField("best_epoch"):
+        facts.append(("kept", f"the weights of epoch {summary.best_epoch}, the best"))
+    if summary.stopped_early:
+        facts.append(("stopped early", "the validation loss did not improve any more"))
     many = "s" if summary.world_size != 1 else ""
     return [
         *facts,

@@ -203,10 +203,37 @@ def _logits_for_the_loss(spec: JobSpec) -> Violation | None:
     return Violation(f"loss.{loss}", f"takes logits: remove the {last} layer at model[{len(spec.model) - 1}]")
 
 
+def _losses_to_watch(spec: JobSpec) -> Violation | None:
+    if _has_validation(spec):
+        return None
+    watching = {
+        "schedule.reduce_on_plateau": spec.schedule.HasField("reduce_on_plateau"),
+        "training.early_stopping": spec.training.HasField("early_stopping"),
+        "training.keep_best": spec.training.keep_best,
+    }
+    return next((Violation(path, NEEDS_VALIDATION) for path, given in watching.items() if given), None)
+
+
+NEEDS_VALIDATION = "needs a validation loss: give data.validation or data.validation_fraction"
+
+
+def _has_validation(spec: JobSpec) -> bool:
+    return spec.data.HasField("validation") or spec.data.validation_fraction > 0
+
+
+def _one_clipping(spec: JobSpec) -> Violation | None:
+    if not (spec.training.clip_norm and spec.training.clip_value):
+        return None
+    given = number(spec.training.clip_value)
+    return Violation("training.clip_value", f"{given} is given beside `clip_norm`; remove one of the two")
+
+
 CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _one_held_out_set,
     _one_preprocessing,
     _logits_for_the_loss,
+    _losses_to_watch,
+    _one_clipping,
 )
 
 
@@ -243,10 +270,15 @@ def default_value(field: FieldDescriptor) -> float | str | bool:
 
 
 def _makes_itself(field: FieldDescriptor) -> bool:
-    """Whether an absent part is created: its option has a default, or it has no options and all its fields have."""
+    """Whether an absent part is created: its option has a default, or it has none and no field of it is needed."""
     if field.containing_oneof or rule_of(field).required:
         return False
     if rule_of(field).default:
         return True
     part = field.message_type
-    return part is not None and choice_of(part) is None and all(rule_of(inner).default for inner in part.fields)
+    return part is not None and choice_of(part) is None and all(map(_may_be_left_out, part.fields))
+
+
+def _may_be_left_out(field: FieldDescriptor) -> bool:
+    """Whether it has a default, or is a part whose absence means something."""
+    return bool(rule_of(field).default) or (field.message_type is not None and not rule_of(field).required)

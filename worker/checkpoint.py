@@ -22,6 +22,7 @@ from worker.errors import CheckpointFault
 FILE_NAME = re.compile(r"step-(\d{9})\.safetensors")
 PARAMETERS = "parameters"
 STATE_PREFIX = "optimizer."
+BEST = "best_parameters"
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Checkpoint:
     decayed: list[tuple[int, int]]  # ranges of the flat vector that weight decay applies to
     parameters: np.ndarray  # (parameter_count,) float32
     state: dict[str, np.ndarray]  # optimizer arrays of the same length; empty at step 0
+    validations: tuple[dict[str, Any], ...] = ()  # what each evaluation so far came to, as in metrics.jsonl
+    best: np.ndarray | None = None  # the evaluated weights of the best epoch, where they are to be kept
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -45,12 +48,15 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = {PARAMETERS: checkpoint.parameters}
     tensors |= {STATE_PREFIX + name: array for name, array in checkpoint.state.items()}
+    if checkpoint.best is not None:
+        tensors[BEST] = checkpoint.best
     metadata = {
         "step": str(checkpoint.step),
         "epoch": str(checkpoint.epoch),
         "samples": str(checkpoint.samples),
         "layout_digest": checkpoint.layout_digest,
         "decayed": json.dumps(checkpoint.decayed),
+        "validations": json.dumps(checkpoint.validations),
     }
     write_safetensors(path, tensors, metadata)
 
@@ -119,6 +125,7 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
     try:
         parameters = tensors.pop(PARAMETERS)
+        best = tensors.pop(BEST, None)
         return Checkpoint(
             step=int(metadata["step"]),
             epoch=int(metadata["epoch"]),
@@ -127,6 +134,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             decayed=[(int(start), int(stop)) for start, stop in json.loads(metadata["decayed"])],
             parameters=parameters,
             state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
+            validations=tuple(json.loads(metadata.get("validations", "[]"))),
+            best=best,
         )
     except KeyError as error:
         raise CheckpointFault(f"{path}: {error.args[0]} is missing: this is not a checkpoint") from error

@@ -14,11 +14,17 @@ PHASES = ("data", "forward", "backward", "exchange", "update")
 
 @dataclass(frozen=True)
 class Position:
-    """How far a run has come: steps, epochs and samples done."""
+    """How far a run has come: steps, epochs and samples done, and what the evaluations on the way came to."""
 
     step: int = 0
     epoch: int = 0
     samples: int = 0
+    validations: tuple[dict[str, Any], ...] = ()  # one an epoch, by the names of metrics.jsonl
+
+
+def validation_losses(validations: tuple[dict[str, Any], ...]) -> tuple[float, ...]:
+    """The loss of each epoch so far: what schedules and stopping decide by."""
+    return tuple(float(validation["validation_loss"]) for validation in validations)
 
 
 class Meter:

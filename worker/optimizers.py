@@ -2,11 +2,11 @@
 
 Rules: an optimizer is two functions and its state is named 1-D arrays, so the same code serves a rank's slice, a
 parameter server's chunk and a checkpoint. Everything is in place and element by element: cutting the vector anywhere
-changes no result. The gradient is the mean over the batch and becomes scratch space, so none is allocated. Work goes
+changes no result. The gradient is the mean over the batch and becomes scratch space, so no step allocates. Work goes
 slice by slice, so that the several passes over a slice find it in the processor's cache. Formulas and conventions are
 PyTorch's.
 
-The scale of Adam's state: `first_moment` and `second_moment` hold the plain sums m <- b1 m + g and v <- b2 v + g^2.
+The scale of the moments: `first_moment` and `second_moment` hold the plain sums m <- b1 m + g and v <- b2 v + g^2.
 The textbook's averages are (1 - b1) m and (1 - b2) v; those factors are folded into the learning rate and epsilon,
 which saves two passes over the data.
 """
@@ -77,6 +77,94 @@ def momentum(options: job_pb2.MomentumOptimizer) -> Optimizer:
     return Optimizer(_zeros("velocity"), update)
 
 
+def adagrad(options: job_pb2.AdagradOptimizer) -> Optimizer:
+    """Each element's rate falls with its squared gradients: s <- s + g^2, W := W - eta g / (sqrt(s) + eps).
+
+    Duchi, Hazan and Singer 2011.
+    """
+    epsilon = options.epsilon
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        rate = float(learning_rate)
+        for start, stop in _slices(len(p)):
+            w, d, s = p[start:stop], g[start:stop], state["square_sum"][start:stop]
+            t = scratch(w)
+            np.multiply(d, d, out=t)
+            np.add(s, t, out=s)
+            np.sqrt(s, out=t)
+            np.add(t, epsilon, out=t)
+            np.divide(d, t, out=d)
+            np.multiply(d, rate, out=d)
+            np.subtract(w, d, out=w)
+
+    scratch = _scratch()
+    return Optimizer(_zeros("square_sum"), update)
+
+
+def lion(options: job_pb2.LionOptimizer) -> Optimizer:
+    """Only the sign of c = b1 m + (1 - b1) g counts; then m <- b2 m + (1 - b2) g (Chen et al. 2023, algorithm 2).
+
+    W := W - eta (sign(c) + lambda W); only `decayed` ranges have the second term. The average is (1 - b2) m of the sum
+    m kept here, so c has the sign of k m + g with k = b1 (1 - b2)/(1 - b1).
+    """
+    b1, b2, weight_decay = options.beta1, options.beta2, options.weight_decay
+    k = b1 * (1 - b2) / (1 - b1)
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        rate = float(learning_rate)
+        keep = 1 - rate * weight_decay
+        for start, stop in _slices(len(p)):
+            w, d, m = p[start:stop], g[start:stop], state["first_moment"][start:stop]
+            t = scratch(w)
+            if weight_decay:
+                for first, last in _within(decayed, start, stop):
+                    np.multiply(p[first:last], keep, out=p[first:last])
+            np.multiply(m, k, out=t)
+            np.add(t, d, out=t)
+            np.multiply(m, b2, out=m)
+            np.add(m, d, out=m)
+            np.sign(t, out=t)
+            np.multiply(t, rate, out=t)
+            np.subtract(w, t, out=w)
+
+    scratch = _scratch()
+    return Optimizer(_zeros("first_moment"), update)
+
+
+def rmsprop(options: job_pb2.RmspropOptimizer) -> Optimizer:
+    """W := W - eta g / (sqrt(V) + eps) with V the mean square, V <- a V + (1 - a) g^2 (Tieleman and Hinton 2012).
+
+    V = (1 - a) v of the sum v kept here, so with c = sqrt(1 - a) the step is (eta/c) g / (sqrt(v) + eps/c). Momentum
+    gathers what follows eta, as PyTorch has it: b <- mu b + g / (sqrt(V) + eps), W := W - eta b.
+    """
+    a, mu = options.alpha, options.momentum
+    c = math.sqrt(1 - a)
+    floor = options.epsilon / c
+
+    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+        rate = float(learning_rate) / c
+        for start, stop in _slices(len(p)):
+            w, d, v = p[start:stop], g[start:stop], state["square_sum"][start:stop]
+            t = scratch(w)
+            np.multiply(v, a, out=v)
+            np.multiply(d, d, out=t)
+            np.add(v, t, out=v)
+            np.sqrt(v, out=t)
+            np.add(t, floor, out=t)
+            np.divide(d, t, out=d)
+            if mu:
+                b = state["velocity"][start:stop]
+                np.multiply(b, mu, out=b)
+                np.add(b, d, out=b)
+                np.multiply(b, rate, out=d)
+            else:
+                np.multiply(d, rate, out=d)
+            np.subtract(w, d, out=w)
+
+    scratch = _scratch()
+    return Optimizer(_zeros("square_sum", "velocity") if mu else _zeros("square_sum"), update)
+
+
 def adam(options: job_pb2.AdamOptimizer | job_pb2.AdamwOptimizer, weight_decay: float = 0.0) -> Optimizer:
     """Kingma and Ba 2015, algorithm 1 (seed document, "Adaptive learning rates").
 
@@ -122,6 +210,9 @@ def adamw(options: job_pb2.AdamwOptimizer) -> Optimizer:
 OPTIMIZERS: Final[dict[str, Callable[[Any], Optimizer]]] = {
     "sgd": sgd,
     "momentum": momentum,
+    "adagrad": adagrad,
+    "lion": lion,
+    "rmsprop": rmsprop,
     "adam": adam,
     "adamw": adamw,
 }
@@ -161,6 +252,19 @@ def _within(ranges: Ranges, start: int, stop: int) -> Iterator[tuple[int, int]]:
     for first, last in ranges:
         if first < stop and start < last:
             yield max(first, start), min(last, stop)
+
+
+def _scratch() -> Callable[[FloatArray], FloatArray]:
+    """Room for one slice's intermediate values, made at the first step and used at every other."""
+    room: State = {}
+
+    def like(w: FloatArray) -> FloatArray:
+        kept = room.get(w.dtype.char)
+        if kept is None or len(kept) < len(w):
+            kept = room[w.dtype.char] = np.empty_like(w)
+        return kept[: len(w)]
+
+    return like
 
 
 def _zeros(*names: str) -> Callable[[int, npt.DTypeLike], State]:

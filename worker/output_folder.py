@@ -22,8 +22,9 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 CONTENTS = (JOB, METRICS, SUMMARY, CHECKPOINTS, model_file.FILE_NAME)
 
+TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
 # A resumed job may name other values for these; everything else decides what the weights become.
-MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": ("epochs", "keep_checkpoints")}
+MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": TRAINING_MAY_CHANGE}
 
 
 def open_new(folder: Path, job: job_pb2.JobSpec) -> None:

@@ -17,6 +17,7 @@ import numpy as np
 
 from protos import job_pb2
 from worker import output_folder
+from worker.best_weights import BestWeights
 from worker.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -28,13 +29,15 @@ from worker.checkpoint import (
 from worker.coordinator_client import connect
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
-from worker.measurements import Position
+from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
 from worker.preparation import Prepared, prepare
 from worker.reporter import Reporter
+from worker.stopping import best_epoch, result_of
 from worker.sync.exchange import Exchange, check_fits, open_exchange
 from worker.sync.world import AgreedFault, World
 from worker.train import Observers, Result, train
+from worker.update import AVERAGE
 from worker.watchdog import Watchdog
 
 
@@ -60,12 +63,15 @@ def run_job(
     prepared = world.agree(lambda: prepare(job))
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
-    start = Position(*world.broadcast([found.step, found.epoch, found.samples] if found else [0, 0, 0]))
+    start = Position(
+        *world.broadcast([found.step, found.epoch, found.samples, found.validations] if found else [0, 0, 0, ()])
+    )
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume)
     if exchange.note:
         say(f"shared memory is not used: {exchange.note}")
 
+    best = BestWeights(found.best if found else None) if job.training.keep_best else None
     client = connect(os.environ) if world.rank == 0 else None
     reporter = None
     if world.rank == 0:
@@ -74,16 +80,21 @@ def run_job(
         reporter = Reporter(folder / output_folder.METRICS, job.training.epochs, say, send)
     observers = Observers(
         report=reporter.report if reporter else lambda *_: None,
-        end_of_epoch=lambda position: _checkpoint(world, job, prepared, exchange, folder, position),
+        end_of_epoch=lambda position: _checkpoint(world, job, prepared, exchange, folder, position, best),
         doing=watchdog.doing,
     )
     try:
         result = train(world, job, prepared, exchange, start, observers)
+        if result.stopped:
+            say(result.stopped)
         watchdog.doing("writing the results")
         peaks = world.gather_everywhere(peak_memory_bytes())
+        state = exchange.gather_state() if job.training.HasField("average") else {}
         if world.rank == 0:
+            chosen = best.weights if best else None
+            exchange.parameters[:] = evaluated_weights(exchange.parameters, state) if chosen is None else chosen
             write_model(folder, job, prepared.model, prepared.preprocessing)
-            summary = summarize(result, prepared, world.size, max(peaks), process_start_time)
+            summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.
@@ -100,10 +111,23 @@ def run_job(
     exchange.close()
 
 
+def evaluated_weights(parameters: np.ndarray, state: dict[str, np.ndarray]) -> np.ndarray:
+    """What is evaluated and left: the average of the weights where there is one, else the weights."""
+    return state.get(AVERAGE, parameters)
+
+
 def summarize(
-    result: Result, prepared: Prepared, world_size: int, peak_bytes: int, process_start_time: float
+    job: job_pb2.JobSpec,
+    result: Result,
+    prepared: Prepared,
+    world_size: int,
+    peak_bytes: int,
+    process_start_time: float,
 ) -> dict[str, Any]:
-    """summary.json; names as in the contract."""
+    """summary.json; names as in the contract. The evaluation is that of the weights the run leaves."""
+    validations = result.position.validations
+    best = best_epoch(validation_losses(validations)) if job.training.keep_best else 0
+    validation = result_of(validations, best)
     summary = {
         "state": "SUCCEEDED",
         "steps": result.position.step,
@@ -111,8 +135,10 @@ def summarize(
         "samples": result.position.samples,
         "world_size": world_size,
         "train_loss": result.train_loss,
-        "validation_loss": result.validation_loss,
-        "validation_accuracy": result.validation_accuracy,
+        "validation_loss": validation.get("validation_loss"),
+        "validation_accuracy": validation.get("validation_accuracy"),
+        "best_epoch": best or None,
+        "stopped_early": bool(result.stopped) or None,
         "samples_per_second": result.samples_per_second,
         "seconds_to_first_step": max(0.0, result.first_step_time - process_start_time),
         "wall_seconds": result.wall_seconds,
@@ -146,13 +172,21 @@ def _open_folder(
 
 
 def _checkpoint(
-    world: World, job: job_pb2.JobSpec, prepared: Prepared, exchange: Exchange, folder: Path, position: Position
+    world: World,
+    job: job_pb2.JobSpec,
+    prepared: Prepared,
+    exchange: Exchange,
+    folder: Path,
+    position: Position,
+    best: BestWeights | None,
 ) -> float | None:
     """Write a checkpoint; rank 0 says when it was complete. Collective: every rank gives its part of the state."""
     state = exchange.gather_state()
     fault: str | None = None
     if world.rank == 0:
-        fault = _write_checkpoint(job, prepared, exchange, folder, position, state)
+        if best:
+            best.see(position, evaluated_weights(exchange.parameters, state))
+        fault = _write_checkpoint(job, prepared, exchange, folder, position, state, best.weights if best else None)
     fault = world.broadcast(fault)
     if fault:
         raise TrainingFault(fault)
@@ -166,6 +200,7 @@ def _write_checkpoint(
     folder: Path,
     position: Position,
     state: dict[str, np.ndarray],
+    best: np.ndarray | None,
 ) -> str | None:
     # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32 values).
     if not np.isfinite(exchange.parameters.sum(dtype=np.float64)):
@@ -181,6 +216,8 @@ def _write_checkpoint(
             decayed_ranges(model.slots, 0, model.parameter_count),
             exchange.parameters,
             state,
+            position.validations,
+            best,
         ),
     )
     prune_checkpoints(checkpoints, job.training.keep_checkpoints)

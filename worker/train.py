@@ -1,6 +1,7 @@
 """The training loop.
 
-Each step: take this rank's share of the batch, forward, backward, exchange. What is said about it is said by others
+Each step: this rank's gradient over its share of the batch, exchange. Each epoch: evaluate, write a checkpoint. What is
+decided on the way is decided by others (schedules.py, stopping.py), and what is said about it is said by others
 (measurements.py counts, the observers write).
 
 Rules: every rank runs the same steps in the same order, also those that have no samples in one. What ends training is
@@ -11,21 +12,26 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from time import perf_counter, time
 from typing import Any
 
 from protos import job_pb2
+from worker.accumulation import Accumulator
 from worker.data.batches import BatchReader
 from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
 from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault
 from worker.evaluation import Evaluator
-from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report
+from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report, validation_losses
 from worker.optimizers import base_learning_rate
 from worker.preparation import Prepared
+from worker.schedules import make_schedule
+from worker.stopping import why_stop
 from worker.sync.exchange import Exchange
 from worker.sync.world import World
+from worker.update import AVERAGE
 
 REPORT_SECONDS = 0.5  # between two reports within an epoch
 
@@ -44,9 +50,8 @@ class Result:
     """What training came to; the same on every rank but for times."""
 
     position: Position
+    stopped: str | None  # why it ended before the last epoch
     train_loss: float | None  # mean over the last epoch
-    validation_loss: float | None
-    validation_accuracy: float | None
     samples_per_second: float
     first_step_time: float  # seconds since the Unix epoch at which the first step had ended; 0 when there was none
     wall_seconds: float
@@ -65,9 +70,10 @@ def train(
     samples = len(prepared.train)
     batches = steps_per_epoch(samples, job.training.batch_size)
     batch_size = min(job.training.batch_size or samples, samples)
-    learning_rate = base_learning_rate(job.optimizer)
+    schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
-    reader = BatchReader(prepared.train, prepared.preprocessing, -(-batch_size // world.size))
+    accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch)
+    reader = BatchReader(prepared.train, prepared.preprocessing, accumulator.capacity)
     evaluator = None
     if prepared.validation is not None:
         evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing)
@@ -81,12 +87,19 @@ def train(
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
             observers.report(line | (validation or {}), ranks, validation is not None)
 
-    step, samples_done = start.step, start.samples
+    step, samples_done, validations = start.step, start.samples, start.validations
+    learning_rate = schedule(samples_done, validation_losses(validations))
     first_step_time = 0.0
     train_loss: float | None = None
+    position, stopped = start, None
+    averaged = job.training.HasField("average")
     validation: dict[str, float | None] = {}
     steady = SteadyRate(warm_up_steps=batches if epochs - start.epoch > 1 else min(10, batches // 2))
     for epoch in range(start.epoch, epochs):
+        losses = validation_losses(validations)
+        stopped = why_stop(job.training, losses)
+        if stopped:
+            break
         order = sample_order(seed, epoch, samples)
         meter, epoch_meter = Meter(), Meter()
         for batch in range(batches):
@@ -94,14 +107,10 @@ def train(
             observers.doing(f"in step {step} (epoch {epoch + 1})")
             first, last = batch_bounds(batch, samples, job.training.batch_size)
             low, high = share(first, last, world.rank, world.size)
+            learning_rate = schedule(samples_done, losses)
 
             meter.start_step()
-            features, targets = reader.take(order[low:high])
-            meter.lap("data")
-            sums = model.forward(features, targets, Moment(seed, step, low - first))
-            meter.lap("forward")
-            model.backward()
-            meter.lap("backward")
+            sums = accumulator.compute(reader, order[low:high], meter, Moment(seed, step, low - first))
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
             exchange.totals[:] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
@@ -127,19 +136,20 @@ def train(
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
-            loss, accuracy = evaluator.evaluate()
+            with exchange.showing(AVERAGE) if averaged else nullcontext():
+                loss, accuracy = evaluator.evaluate()
             validation = {"validation_loss": loss, "validation_accuracy": accuracy}
-        position = Position(step, epoch + 1, samples_done)
+            validations += (validation,)
+        position = Position(step, epoch + 1, samples_done, validations)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
         checkpoint_time = observers.end_of_epoch(position)
         report(position, meter, validation)
         steady.pause()
 
     return Result(
-        position=Position(step, epochs, samples_done),
+        position=position,
+        stopped=stopped,
         train_loss=train_loss,
-        validation_loss=validation.get("validation_loss"),
-        validation_accuracy=validation.get("validation_accuracy"),
         samples_per_second=steady.samples_per_second(),
         first_step_time=first_step_time,
         wall_seconds=perf_counter() - began,

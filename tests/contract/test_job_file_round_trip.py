@@ -71,6 +71,12 @@ def valid_specs(draw: st.DrawFn) -> JobSpec:
         data.pop("validation_fraction", None)
     if data.get("standardize"):
         data.pop("scale", None)
+    if "validation" not in data and not data.get("validation_fraction"):
+        tree.get("schedule", {}).pop("reduce_on_plateau", None)
+        for watching in ("early_stopping", "keep_best"):
+            tree.get("training", {}).pop(watching, None)
+    if tree.get("training", {}).get("clip_norm"):
+        tree["training"].pop("clip_value", None)
     spec = ParseDict(tree, JobSpec())
     assume(not rules.check(spec))  # what is left: an activation the loss holds itself
     return spec

@@ -19,6 +19,14 @@ SPECS = {
         momentum=job_pb2.MomentumOptimizer(learning_rate=RATE, momentum=0.85, nesterov=False)
     ),
     "nesterov": job_pb2.Optimizer(momentum=job_pb2.MomentumOptimizer(learning_rate=RATE, momentum=0.85, nesterov=True)),
+    "adagrad": job_pb2.Optimizer(adagrad=job_pb2.AdagradOptimizer(learning_rate=RATE, epsilon=1e-6)),
+    "lion": job_pb2.Optimizer(lion=job_pb2.LionOptimizer(learning_rate=RATE, beta1=0.88, beta2=0.97, weight_decay=0.2)),
+    "rmsprop": job_pb2.Optimizer(
+        rmsprop=job_pb2.RmspropOptimizer(learning_rate=RATE, alpha=0.95, epsilon=1e-4, momentum=0)
+    ),
+    "rmsprop with momentum": job_pb2.Optimizer(
+        rmsprop=job_pb2.RmspropOptimizer(learning_rate=RATE, alpha=0.95, epsilon=1e-4, momentum=0.85)
+    ),
     "adam": job_pb2.Optimizer(adam=job_pb2.AdamOptimizer(learning_rate=RATE, beta1=0.88, beta2=0.97, epsilon=1e-4)),
     "adam without memory": job_pb2.Optimizer(
         adam=job_pb2.AdamOptimizer(learning_rate=RATE, beta1=0, beta2=0, epsilon=1e-8)
@@ -72,6 +80,17 @@ def plain(name):
         elif name in ("momentum", "nesterov"):
             buffer = options.momentum * buffer + g
             theta = theta - RATE * (g + options.momentum * buffer if options.nesterov else buffer)
+        elif name == "adagrad":
+            v = v + g**2
+            theta = theta - RATE * g / (np.sqrt(v) + options.epsilon)
+        elif name == "lion":
+            c = options.beta1 * m + (1 - options.beta1) * g
+            theta = theta - RATE * (np.sign(c) + np.where(weights, options.weight_decay * theta, 0))
+            m = options.beta2 * m + (1 - options.beta2) * g
+        elif name.startswith("rmsprop"):
+            v = options.alpha * v + (1 - options.alpha) * g**2
+            buffer = options.momentum * buffer + g / (np.sqrt(v) + options.epsilon)
+            theta = theta - RATE * buffer
         else:
             if name == "adamw":
                 theta = np.where(weights, theta - RATE * options.weight_decay * theta, theta)
@@ -110,7 +129,15 @@ def test_weight_decay_leaves_biases_alone():
 
 
 def test_states_are_named_zeros_of_the_length_asked_for():
-    names = {"sgd": set(), "momentum": {"velocity"}, "adam": {"first_moment", "second_moment"}}
+    names = {
+        "sgd": set(),
+        "momentum": {"velocity"},
+        "adagrad": {"square_sum"},
+        "lion": {"first_moment"},
+        "rmsprop": {"square_sum"},
+        "rmsprop with momentum": {"square_sum", "velocity"},
+        "adam": {"first_moment", "second_moment"},
+    }
     for name, expected in names.items():
         state = make_optimizer(SPECS[name]).init(7, np.float32)
         assert set(state) == expected
@@ -136,7 +163,7 @@ def test_an_empty_slice_takes_a_step_too():
 
 
 def test_an_unresolved_optimizer_is_refused():
-    with pytest.raises(UsageFault, match="optimizer: names none of sgd, momentum, adam, adamw"):
+    with pytest.raises(UsageFault, match="optimizer: names none of sgd, momentum, adagrad, lion, rmsprop, adam, adamw"):
         make_optimizer(job_pb2.Optimizer())
     with pytest.raises(UsageFault, match=r"optimizer\.adam\.beta1: is absent"):
         make_optimizer(job_pb2.Optimizer(adam=job_pb2.AdamOptimizer(learning_rate=0.1)))
@@ -156,6 +183,12 @@ def torch_optimizer(torch, name, weights, biases):
     if kind == "momentum":
         momentum, nesterov = options.momentum, options.nesterov
         return torch.optim.SGD([*weights, *biases], lr=RATE, momentum=momentum, nesterov=nesterov)
+    if kind == "adagrad":
+        return torch.optim.Adagrad([*weights, *biases], lr=RATE, eps=options.epsilon)
+    if kind == "rmsprop":
+        return torch.optim.RMSprop(
+            [*weights, *biases], lr=RATE, alpha=options.alpha, eps=options.epsilon, momentum=options.momentum
+        )
     adam = {"lr": RATE, "betas": (options.beta1, options.beta2), "eps": options.epsilon}
     if kind == "adam":
         return torch.optim.Adam([*weights, *biases], **adam)
@@ -165,7 +198,7 @@ def torch_optimizer(torch, name, weights, biases):
 
 @pytest.mark.oracle
 @pytest.mark.parametrize(("dtype", "tolerance"), [(np.float64, 1e-12), (np.float32, 2e-5)])
-@pytest.mark.parametrize("name", SPECS)
+@pytest.mark.parametrize("name", [name for name in SPECS if name != "lion"])  # PyTorch has no Lion
 def test_twenty_steps_equal_torch_s(name, dtype, tolerance):
     torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-oracle installs and runs it")
     edges = sorted({0, LENGTH, *(edge for pair in DECAYED for edge in pair)})

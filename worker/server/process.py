@@ -37,13 +37,13 @@ PROGRAM = (sys.executable, "-P", "-m", "worker", "serve-parameters")
 def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation: int) -> Shard:
     """A shard that holds the parameters and optimizer state of a checkpoint. CheckpointFault names what is amiss."""
     from worker.checkpoint import read_checkpoint
-    from worker.optimizers import make_optimizer
+    from worker.update import make_update
 
     start = read_checkpoint(start_file)
     if start.parameters.ndim != 1 or start.parameters.dtype != np.float32 or len(start.parameters) == 0:
         given = f"{start.parameters.dtype} {start.parameters.shape}"
         raise CheckpointFault(f"{start_file}: parameters is {given}, needs float32 (n,)")
-    optimizer = make_optimizer(spec.optimizer)
+    optimizer = make_update(spec)
     state = optimizer.init(len(start.parameters), np.float32)
     for name in state:
         saved = start.state.get(name)
@@ -62,6 +62,7 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
         generation=generation,
         mode=spec.sync.parameter_server.mode or "synchronous",
         decayed=tuple(start.decayed),
+        clip_norm=spec.training.clip_norm,
     )
     return Shard(setup, optimizer, start.parameters, state, start.step)
 

@@ -2,7 +2,8 @@
 
 A chunk waits until its mode says that enough workers have pushed it. Then the workers' sums are added in worker order,
 divided by the samples of the whole batch, and the optimizer runs on that chunk alone; its weights go back at once,
-while later chunks are still on their way. So push, update and pull overlap.
+while later chunks are still on their way. So push, update and pull overlap. Where the gradient is clipped by its global
+norm, every chunk must be there before the first is applied; then all are, and all answers go out together.
 
 Rules: no I/O, no thread, no clock; `now` is an argument. What is refused raises and changes nothing. The result does
 not depend on the order of arrival, to the last bit. Once `fault` says why the job cannot go on, nothing is applied.
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from worker.clipping import norm_factor, sum_of_squares
 from worker.wire import Float32, chunk_bounds, even_chunk_elements
 
 if TYPE_CHECKING:
@@ -46,6 +48,7 @@ class ShardSetup:
     decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
     chunk_elements: int = 0  # 0: equal chunks of about 1 MB
     step_timeout_seconds: float = 60.0  # from a step's first push to its last
+    clip_norm: float = 0.0  # the mean gradient is scaled down to this norm, 0: never; for a shard of the whole vector
 
     def __post_init__(self) -> None:
         if self.stop == -1:
@@ -105,6 +108,7 @@ class _Chunk:
         )
         self.step = step
         self.held: dict[int, Push] = {}
+        self.mean: Float32 | None = None  # of the gradients held, once there are enough
 
 
 class Shard:
@@ -130,7 +134,8 @@ class Shard:
         self._chunks = {
             start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step) for start, stop in bounds
         }
-        self._sum = np.empty(min(setup.chunk_elements, len(parameters)), np.float32)
+        room = len(parameters) if setup.clip_norm else min(setup.chunk_elements, len(parameters))
+        self._sum = np.empty(room, np.float32)
         self._joined: set[int] = set()
         self._left: dict[int, int] = {}  # worker -> the last step before it left
         self._terms: Push | None = None  # the open step's first push: all others must agree with it
@@ -188,9 +193,16 @@ class Shard:
         chunk.held[push.worker] = push
         if not self._mode.complete(len(chunk.held), self.setup.workers):
             return []
-        workers = tuple(sorted(chunk.held))
-        self._apply(chunk, push)
-        return [self._answer(chunk, workers)]
+        self._sum_up(chunk, push.samples)
+        if not self.setup.clip_norm:
+            return [self._apply(chunk, push)]
+        means = [other.mean for other in self._chunks.values() if other.mean is not None]
+        if len(means) < len(self._chunks):
+            return []
+        factor = np.float32(norm_factor(math.fsum(map(sum_of_squares, means)), self.setup.clip_norm))
+        for mean in means:
+            np.multiply(mean, factor, out=mean)
+        return [self._apply(other, push) for other in self._chunks.values()]
 
     def check_member(self, worker: int, generation: int) -> None:
         """Refuse a worker of another launch, or a number that no worker of this launch has."""
@@ -254,21 +266,33 @@ class Shard:
                     f"{where}: {len(push.totals)} totals, but {self._name(other.worker)} sent {len(other.totals)}"
                 )
 
-    def _apply(self, chunk: _Chunk, push: Push) -> None:
-        """Sum in worker order, divide by the batch, run the optimizer on this chunk."""
+    def _sum_up(self, chunk: _Chunk, samples: int) -> None:
+        """Sum in worker order, divide by the batch."""
         pushes = [chunk.held[worker] for worker in sorted(chunk.held)]
-        mean = self._sum[: len(chunk.parameters)]
+        place = chunk.offset - self.setup.start if self.setup.clip_norm else 0
+        chunk.mean = mean = self._sum[place : place + len(chunk.parameters)]
         total = pushes[0].gradient
         for other in pushes[1:]:
             total = np.add(total, other.gradient, out=mean)
-        np.divide(total, np.float32(push.samples), out=mean)
-        self._optimizer.update(chunk.parameters, mean, chunk.state, push.step, push.learning_rate, chunk.decayed)
+        np.divide(total, np.float32(samples), out=mean)
+        # Their sum is all that is needed: a chunk that waits for the norm holds no more memory than one vector.
+        chunk.held = {push.worker: push._replace(gradient=mean[:0]) for push in pushes}
+
+    def _apply(self, chunk: _Chunk, push: Push) -> Answer:
+        """Run the optimizer on this chunk; the answer is for all whose push was held."""
+        assert chunk.mean is not None
+        workers = tuple(sorted(chunk.held))
+        self._optimizer.update(chunk.parameters, chunk.mean, chunk.state, push.step, push.learning_rate, chunk.decayed)
         if chunk.offset == self.setup.start:
-            self._totals = tuple(math.fsum(column) for column in zip(*(p.totals for p in pushes), strict=True))
+            self._totals = tuple(
+                math.fsum(column) for column in zip(*(p.totals for p in chunk.held.values()), strict=True)
+            )
         chunk.held.clear()
+        chunk.mean = None
         chunk.step = push.step
         if all(other.step == push.step for other in self._chunks.values()):
             self.step, self._terms = push.step, None
+        return self._answer(chunk, workers)
 
     def _answer(self, chunk: _Chunk, workers: tuple[int, ...]) -> Answer:
         totals = self._totals if chunk.offset == self.setup.start else ()

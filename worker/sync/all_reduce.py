@@ -5,17 +5,22 @@ fence; each rank adds up its slice over the node's segments, in rank order, exch
 runs the optimizer on it and writes the node's only copy of the weights; fence. Optimizer state exists once per node.
 
 Rules: sums, not means, travel; the divisor is the global sample count, so uneven shares are exact. On nodes with
-unequal numbers of ranks there are as many slices as the smallest node has ranks.
+unequal numbers of ranks there are as many slices as the smallest node has ranks. Clipping by global norm costs one more
+fence, behind which each rank reads one number of every other rank of its node.
 """
 
 from __future__ import annotations
 
 import itertools
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from time import perf_counter
 from typing import NamedTuple
 
 import numpy as np
 
+from worker.clipping import norm_factor, sum_of_squares
 from worker.optimizers import CHUNK_ELEMENTS, Optimizer
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.statistics import ExchangeStatistics
@@ -50,6 +55,7 @@ class AllReduceExchange:
         parameter_count: int,
         decayed: list[tuple[int, int]],
         total_count: int,
+        clip_norm: float = 0.0,
     ) -> None:
         self.note = _leave_shared_memory_if_short(world, parameter_count)
         self.node = node = Node(world)
@@ -70,7 +76,11 @@ class AllReduceExchange:
         self._peers = world.comm.Split(node.rank if owns_slice else slices, world.rank)
         self._between_nodes = owns_slice and self._peers.Get_size() > 1
         self.state = optimizer.init(stop - start, np.float32)
-        self._slice_total = np.zeros(stop - start if self._between_nodes else 0, np.float32)
+        self._clip_norm = clip_norm
+        self._square_sums = node.segments(1, np.float64)
+        # Where the whole slice must be summed before any of it is used.
+        self._sums_first = self._between_nodes or clip_norm > 0
+        self._slice_total = np.zeros(stop - start if self._sums_first else 0, np.float32)
         self._chunks = self._cut(segments, start, stop, decayed)
         node.fence()
 
@@ -92,17 +102,20 @@ class AllReduceExchange:
         scale = np.float32(1.0 / samples)
         update = self._optimizer.update
         reducing, updating = 0.0, 0.0
+        if self._sums_first:
+            for chunk in self._chunks:
+                _sum(chunk)
         if self._between_nodes:
             from mpi4py import MPI
 
-            for chunk in self._chunks:
-                _sum(chunk)
             self._peers.Allreduce(MPI.IN_PLACE, self._slice_total, op=MPI.SUM)
             statistics.sent("mpi", self._slice_total.nbytes)
             statistics.received("mpi", self._slice_total.nbytes)
+        if self._clip_norm:
+            scale *= np.float32(norm_factor(self._square_sum() / samples**2, self._clip_norm))
         before = perf_counter()
         for chunk in self._chunks:
-            if not self._between_nodes:
+            if not self._sums_first:
                 _sum(chunk)
             np.multiply(chunk.total, scale, out=chunk.total)
             reduced = perf_counter()
@@ -139,6 +152,21 @@ class AllReduceExchange:
         start, stop = self.bounds
         self.state[name][:] = whole[start:stop]
 
+    @contextmanager
+    def showing(self, name: str) -> Iterator[None]:
+        """Within the block `parameters` are this array of the state, on every rank. Collective; no step.
+
+        What ends the block by a fault ends the run: the weights are then not put back, since that is a wait for others.
+        """
+        here = slice(*self.bounds)
+        own = self.parameters[here].copy()
+        self.parameters[here] = self.state[name]
+        self.node.fence()
+        yield
+        self.node.fence()
+        self.parameters[here] = own
+        self.node.fence()
+
     def publish_parameters(self) -> None:
         """After the lowest rank of each node has written `parameters`: let every rank of the node see them."""
         self.node.fence()
@@ -146,6 +174,15 @@ class AllReduceExchange:
     def close(self) -> None:
         """Give the shared memory back; `parameters` and `gradient` end with it."""
         self.node.close()
+
+    def _square_sum(self) -> float:
+        """Over the whole summed gradient: each rank of the node knows its slice, and together they know all."""
+        own = math.fsum(sum_of_squares(chunk.total) for chunk in self._chunks)
+        self._square_sums[self.node.rank][0] = own
+        began = perf_counter()
+        self.node.fence()
+        self.statistics.wait_seconds += perf_counter() - began
+        return math.fsum(float(part[0]) for part in self._square_sums)
 
     def _exchange_totals(self) -> None:
         node = self.node
@@ -169,7 +206,7 @@ class AllReduceExchange:
             gradients = [segment[low:high] for segment in segments]
             if alone:
                 total = gradients[0]
-            elif self._between_nodes:
+            elif self._sums_first:
                 total = self._slice_total[low - start : high - start]
             else:
                 total = scratch[: high - low]

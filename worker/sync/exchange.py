@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 import secrets
 import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -21,10 +23,10 @@ from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
-from worker.optimizers import make_optimizer
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
+from worker.update import make_update
 
 if TYPE_CHECKING:
     from worker.sync.parameter_server import ParameterServerExchange
@@ -55,6 +57,9 @@ class Exchange(Protocol):
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
 
+    def showing(self, name: str) -> AbstractContextManager[None]:
+        """Within the block `parameters` are this array of the optimizer's state, on every rank. Collective; no step."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -72,7 +77,7 @@ def open_exchange(
         return _open_parameter_server(world, job, model, resumed, resume)
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
-    exchange = AllReduceExchange(world, make_optimizer(job.optimizer), count, decayed, len(TOTALS))
+    exchange = AllReduceExchange(world, make_update(job), count, decayed, len(TOTALS), job.training.clip_norm)
     model.attach(exchange.parameters, exchange.gradient)
     lowest_of_node = exchange.node.rank == 0
     if resume:
@@ -96,7 +101,7 @@ def check_fits(checkpoint: Checkpoint, model: Model, job: job_pb2.JobSpec) -> No
     """
     if checkpoint.layout_digest != model.layout_digest:
         raise CheckpointFault("the checkpoint is of a model with other layers or shapes; resume with the same job")
-    needed = make_optimizer(job.optimizer).init(0, np.float32).keys()
+    needed = make_update(job).init(0, np.float32).keys()
     missing = sorted(needed - checkpoint.state.keys())
     if missing:
         raise CheckpointFault(
@@ -134,6 +139,14 @@ class ServerExchange:
         return {
             name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
         }
+
+    @contextmanager
+    def showing(self, name: str) -> Iterator[None]:
+        """As in Exchange: every rank asks the server."""
+        own = self.parameters.copy()
+        self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
+        yield
+        self.parameters[:] = own
 
     def close(self) -> None:
         """Leave, then end the server once everybody has."""

@@ -1,7 +1,8 @@
 """Under mpirun: some steps of the all-reduce exchange on random gradients; rank 0 saves the weights and totals.
 
-Arguments: output file, ranks a node (0: ask MPI), optimizer, parameter count, steps. The gradients of all eight virtual
-workers are a function of the step alone, and each rank sums those that fall to it, so every world does the same sums.
+Arguments: output file, ranks a node (0: ask MPI), optimizer, parameter count, steps, norm to clip to (0: none). The
+gradients of all eight virtual workers are a function of the step alone, and each rank sums those that fall to it, so
+every world does the same sums.
 """
 
 import sys
@@ -19,13 +20,14 @@ VIRTUAL_WORKERS = 8
 
 def main() -> None:
     output, ranks_per_node, kind, parameter_count, steps = sys.argv[1], *sys.argv[2:6]
+    clip_norm = float(sys.argv[6])
     world = World(ranks_per_node=int(ranks_per_node) or None)
     spec = job_pb2.Optimizer()
     getattr(spec, kind).SetInParent()
     getattr(spec, kind).learning_rate = 0.01
     elements = int(parameter_count)
     fill_defaults(spec)
-    exchange = AllReduceExchange(world, make_optimizer(spec), elements, [(0, elements // 2)], 2)
+    exchange = AllReduceExchange(world, make_optimizer(spec), elements, [(0, elements // 2)], 2, clip_norm)
     if exchange.node.rank == 0:
         exchange.parameters[:] = np.random.default_rng(0).standard_normal(elements)
     exchange.publish_parameters()

@@ -1,0 +1,29 @@
+"""The weights of the epoch with the lowest validation loss, kept by rank 0 and by its checkpoints."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from worker.measurements import Position, validation_losses
+from worker.stopping import best_epoch
+
+
+class BestWeights:
+    """Keeps one copy of the weights.
+
+    Attributes:
+        weights: (parameter_count,) float32; None before the first epoch with a finite validation loss.
+    """
+
+    def __init__(self, found: np.ndarray | None) -> None:
+        """Go on from what a checkpoint kept, if there is one."""
+        self.weights = found
+
+    def see(self, position: Position, weights: np.ndarray) -> None:
+        """An epoch has been evaluated with these weights; keep them if none was better."""
+        losses = validation_losses(position.validations)
+        if best_epoch(losses) != len(losses):
+            return
+        if self.weights is None:
+            self.weights = np.empty_like(weights)
+        np.copyto(self.weights, weights)
