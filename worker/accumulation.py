@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from worker.data.batches import BatchReader
+from worker.engine.layers.layer import Moment
 from worker.engine.model import Model, Totals
 from worker.measurements import Meter
 
@@ -22,14 +23,18 @@ class Accumulator:
         self._gradient = gradient
         self._sum = np.empty_like(gradient) if self.capacity < share else gradient
 
-    def compute(self, reader: BatchReader, indices: np.ndarray, meter: Meter) -> Totals:
-        """Fill `gradient` with the sum over the samples at `indices`; returns the sums of the forward passes."""
+    def compute(self, reader: BatchReader, indices: np.ndarray, moment: Moment, meter: Meter) -> Totals:
+        """Fill `gradient` with the sum over the samples at `indices`; returns the sums of the forward passes.
+
+        `moment` is that of the whole share; a piece's own tells where in the batch the piece begins, so that random
+        choices do not depend on the pieces.
+        """
         loss, correct, samples = 0.0, 0.0, 0
         pieces = range(0, max(1, len(indices)), self.capacity)
         for first in pieces:
             features, targets = reader.take(indices[first : first + self.capacity])
             meter.lap("data")
-            totals = self._model.forward(features, targets)
+            totals = self._model.forward(features, targets, moment._replace(first=moment.first + first))
             meter.lap("forward")
             self._model.backward()  # writes `gradient` anew
             if first:

@@ -21,6 +21,7 @@ from protos import job_pb2
 from worker.accumulation import Accumulator
 from worker.data.batches import BatchReader
 from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
+from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault
 from worker.evaluation import Evaluator
 from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report, validation_losses
@@ -109,7 +110,7 @@ def train(
             learning_rate = schedule(samples_done, losses)
 
             meter.start_step()
-            sums = accumulator.compute(reader, order[low:high], meter)
+            sums = accumulator.compute(reader, order[low:high], Moment(seed, step, low - first), meter)
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
             exchange.totals[:] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
