@@ -23,10 +23,11 @@ class Accumulator:
         self._gradient = gradient
         self._sum = np.empty_like(gradient) if self.capacity < share else gradient
 
-    def compute(self, reader: BatchReader, indices: np.ndarray, meter: Meter, moment: Moment) -> Totals:
+    def compute(self, reader: BatchReader, indices: np.ndarray, moment: Moment, meter: Meter) -> Totals:
         """Fill `gradient` with the sum over the samples at `indices`; returns the sums of the forward passes.
 
-        `moment.first` is the share's place in the global batch.
+        `moment` is that of the whole share; a piece's own tells where in the batch the piece begins, so that random
+        choices do not depend on the pieces.
         """
         loss, correct, samples = 0.0, 0.0, 0
         pieces = range(0, max(1, len(indices)), self.capacity)

@@ -110,7 +110,7 @@ def train(
             learning_rate = schedule(samples_done, losses)
 
             meter.start_step()
-            sums = accumulator.compute(reader, order[low:high], meter, Moment(seed, step, low - first))
+            sums = accumulator.compute(reader, order[low:high], Moment(seed, step, low - first), meter)
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
             exchange.totals[:] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds

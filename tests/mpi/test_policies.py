@@ -33,7 +33,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def write_job(folder: Path, data: Path, sync: str = "all_reduce", **changes: dict) -> Path:
     job = {
         "data": {"train": {"npz": {"path": str(data)}}, "validation_fraction": 0.2},
-        "model": [{"dense": {"units": 32}}, "relu", {"dense": {"units": 4}}],
+        "model": changes.get("model", [{"dense": {"units": 32}}, "relu", {"dense": {"units": 4}}]),
         "loss": "softmax_cross_entropy",
         "optimizer": {"adam": {"learning_rate": 0.03}},
         "schedule": changes.get("schedule", "constant"),
@@ -93,9 +93,10 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run_ranks, data, tmp_path, syn
 
 
 def test_micro_batches_add_up_to_the_batch(run_ranks, data, tmp_path) -> None:
-    reference = train(run_ranks, 1, write_job(tmp_path, data), tmp_path / "whole")
+    model = [{"dense": {"units": 32}}, "relu", "dropout", {"dense": {"units": 4}}]
+    reference = train(run_ranks, 1, write_job(tmp_path, data, model=model), tmp_path / "whole")
     for ranks, micro_batch in ((1, 1), (1, 16), (2, 3)):
-        job = write_job(tmp_path, data, training={"micro_batch": micro_batch})
+        job = write_job(tmp_path, data, model=model, training={"micro_batch": micro_batch})
         assert_close(train(run_ranks, ranks, job, tmp_path / f"{ranks}-{micro_batch}"), reference)
 
 
