@@ -36,4 +36,6 @@ class CheckpointFault(Fault):
 
 
 class OutputFault(Fault):
-    """The output folder cannot be used."""
+    """The output folder named on the command line cannot be used, or not for this job."""
+
+    exit_code = ExitCode.USAGE

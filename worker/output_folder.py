@@ -1,26 +1,26 @@
 """The folder a run leaves: which files it holds, when it may be written, and how a run is taken up again in it.
 
-Rules: nothing is made before the job is known to fit together. A folder that holds a run is not written to, unless it
-is to be resumed; then the job may differ only in what does not change the mathematics done so far.
+Rules: nothing is made before the job is known to fit together. A folder that holds a run, be it one checkpoint, is not
+written to, unless it is to be resumed; then the job may differ only in what does not change the mathematics done so far.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from protos import job_pb2
 from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from worker import model_file
-from worker.checkpoint import list_checkpoints, write_atomically
+from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, write_atomically
 from worker.errors import OutputFault
 
 JOB = "job.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
-CONTENTS = (JOB, METRICS, SUMMARY, CHECKPOINTS, model_file.FILE_NAME)
 
 TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
 # A resumed job may name other values for these; everything else decides what the weights become.
@@ -33,7 +33,8 @@ def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
     Raises:
         OutputFault: it already holds a run, or cannot be made.
     """
-    held = [name for name in CONTENTS if (folder / name).exists()]
+    held = [name for name in (model_file.FILE_NAME, SUMMARY) if (folder / name).exists()]
+    held += [CHECKPOINTS] if has_checkpoint(folder) else []
     if held:
         raise OutputFault(
             f"{folder}: already holds a run ({', '.join(held)}); "
@@ -41,17 +42,21 @@ def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
         )
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        (folder / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
     except OSError as error:
         raise OutputFault(f"{folder}: cannot be made: {error.strerror}; name another folder with -o") from error
     write_atomically(folder / JOB, to_yaml(job).encode())
 
 
-def open_again(folder: Path, job: job_pb2.JobSpec) -> None:
-    """Check that `job` goes on with the run in the folder, and write it there.
+def open_again(folder: Path, job: job_pb2.JobSpec, say: Callable[[str], None]) -> Checkpoint:
+    """The checkpoint from which `job` goes on with the run in the folder; writes the job there.
 
     Raises:
-        OutputFault: there is no run, or it was another job; names the first difference.
+        OutputFault: there is no run, or it was another job, or has done more epochs; names the first difference.
+        CheckpointFault: none of its checkpoints can be read.
     """
+    if not has_checkpoint(folder):
+        raise OutputFault(f"{folder}: holds no checkpoint yet; leave --resume out to start anew")
     try:
         before = parse_job((folder / JOB).read_text())
     except FileNotFoundError as error:
@@ -61,13 +66,23 @@ def open_again(folder: Path, job: job_pb2.JobSpec) -> None:
     difference = first_difference(_fixed_part(to_dict(before)), _fixed_part(to_dict(job)))
     if difference:
         raise OutputFault(f"{folder}: was another job: {difference}; resume with the same job or name another -o")
-    (folder / CHECKPOINTS).mkdir(exist_ok=True)
+    found = newest_checkpoint(folder / CHECKPOINTS, say)
+    if found.epoch > job.training.epochs:
+        raise OutputFault(
+            f"{folder}: has done {found.epoch} epochs and training.epochs is {job.training.epochs}; ask for more of them"
+        )
     write_atomically(folder / JOB, to_yaml(job).encode())
+    return found
 
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether training got far enough to leave one."""
     return bool(list_checkpoints(folder / CHECKPOINTS))
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run's results were written."""
+    return (folder / model_file.FILE_NAME).exists() and (folder / SUMMARY).exists()
 
 
 def cut_metrics(folder: Path, last_step: int) -> None:

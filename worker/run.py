@@ -21,7 +21,6 @@ from worker.best_weights import BestWeights
 from worker.checkpoint import (
     Checkpoint,
     checkpoint_path,
-    newest_checkpoint,
     prune_checkpoints,
     write_atomically,
     write_checkpoint,
@@ -88,9 +87,12 @@ def run_job(
         if result.stopped:
             say(result.stopped)
         watchdog.doing("writing the results")
+        nothing_done = result.position.step == start.step
+        if nothing_done:
+            say(f"nothing was left to do: the run has done its {start.epoch} epochs; ask for more with training.epochs")
         peaks = world.gather_everywhere(peak_memory_bytes())
         state = exchange.gather_state() if job.training.HasField("average") else {}
-        if world.rank == 0:
+        if world.rank == 0 and not (nothing_done and output_folder.is_finished(folder)):
             chosen = best.weights if best else None
             exchange.parameters[:] = evaluated_weights(exchange.parameters, state) if chosen is None else chosen
             write_model(folder, job, prepared.model, prepared.preprocessing)
@@ -139,8 +141,9 @@ def summarize(
         "validation_accuracy": validation.get("validation_accuracy"),
         "best_epoch": best or None,
         "stopped_early": bool(result.stopped) or None,
-        "samples_per_second": result.samples_per_second,
-        "seconds_to_first_step": max(0.0, result.first_step_time - process_start_time),
+        # A run killed between its last checkpoint and its results is finished without a step: then there is no rate.
+        "samples_per_second": result.samples_per_second or None,
+        "seconds_to_first_step": result.first_step_time - process_start_time if result.first_step_time else None,
         "wall_seconds": result.wall_seconds,
         "parameters": prepared.model.parameter_count,
         "peak_memory_bytes": peak_bytes,
@@ -164,8 +167,7 @@ def _open_folder(
     if not resume:
         output_folder.open_new(folder, job)
         return None
-    output_folder.open_again(folder, job)
-    found = newest_checkpoint(folder / output_folder.CHECKPOINTS, say)
+    found = output_folder.open_again(folder, job, say)
     check_fits(found, prepared.model, job)
     say(f"resuming after step {found.step} (epoch {found.epoch})")
     return found

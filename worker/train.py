@@ -139,6 +139,11 @@ def train(
             with exchange.showing(AVERAGE) if averaged else nullcontext():
                 loss, accuracy = evaluator.evaluate()
             validation = {"validation_loss": loss, "validation_accuracy": accuracy}
+            if not math.isfinite(loss):
+                raise TrainingFault(
+                    f"step {step} (end of epoch {epoch + 1}): the validation loss is {loss:g}; look for enormous "
+                    f"values in the validation set, or lower the learning rate ({learning_rate:g})"
+                )
             validations += (validation,)
         position = Position(step, epoch + 1, samples_done, validations)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")

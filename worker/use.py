@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TextIO
@@ -33,7 +34,7 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
     try:
         job = read_job_file(job_path)
     except JobFileInvalid as invalid:
-        raise UsageFault("; ".join(str(invalid).splitlines())) from invalid
+        raise UsageFault(str(invalid)) from invalid
     target_kind = TARGET_KIND[trained.model.loss_kind]
     if job.data.HasField("validation"):
         dataset, name = open_source(job.data.validation, target_kind), "validation"
@@ -48,6 +49,8 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
     reader = BatchReader(dataset, trained.preprocessing, min(BATCH, len(dataset)))
     trained.model.reserve(reader.capacity)
     loss, accuracy = (sum_over(trained.model, reader, 0, len(dataset)) / len(dataset)).tolist()
+    if not math.isfinite(loss):
+        raise DataFault(f"{dataset.place}: the model's loss on it is {loss:g}; look for enormous values in it")
     result = {"data": name, "samples": len(dataset), "loss": loss, "accuracy": finite_or_none(accuracy)}
     result = {key: value for key, value in result.items() if value is not None}
     print(json.dumps(result) if as_json else "  ".join(f"{key} {_short(value)}" for key, value in result.items()))

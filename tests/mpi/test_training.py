@@ -111,7 +111,7 @@ def test_an_output_folder_that_holds_a_run_is_left_alone(run_ranks, data, tmp_pa
     train(run_ranks, 1, job, tmp_path / "out")
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
-    assert done.returncode == 1
+    assert done.returncode == 2
     assert done.stderr.count("already holds a run") == 1
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
 
@@ -134,3 +134,48 @@ def test_a_diverging_loss_stops_all_ranks_names_the_step_and_keeps_the_last_good
     assert "step 1" in errors[0]
     assert "last good checkpoint" in errors[0]
     assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == good
+
+
+def test_resuming_a_run_that_is_done_changes_nothing_and_says_so(run_ranks, data, tmp_path) -> None:
+    job = write_job(tmp_path, data, epochs=2)
+    train(run_ranks, 2, job, tmp_path / "out")
+    before = {name: (tmp_path / "out" / name).read_bytes() for name in ("model.safetensors", "summary.json")}
+    again = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", "--resume"])
+    assert again.returncode == 0, again.stderr
+    assert "nothing was left to do" in again.stdout
+    fewer = [job, "-o", tmp_path / "out", "--resume", "--set", "training.epochs=1"]
+    refused = run_ranks(2, ["-m", "worker", "train", *fewer])
+    assert refused.returncode == 2
+    assert "has done 2 epochs and training.epochs is 1" in refused.stderr
+    assert before == {name: (tmp_path / "out" / name).read_bytes() for name in before}
+    assert "epochs: 2" in (tmp_path / "out" / "job.yaml").read_text()
+
+
+def test_an_infinite_validation_loss_stops_the_run_and_keeps_the_checkpoint_before(run_ranks, data, tmp_path) -> None:
+    arrays = np.load(data)
+    np.savez(tmp_path / "huge.npz", x=arrays["x"] * np.float32(1e30), y=arrays["x"][:, :2])
+    np.savez(tmp_path / "train.npz", x=arrays["x"], y=arrays["x"][:, :2])
+    job = {
+        "data": {"train": {"npz": {"path": "train.npz"}}, "validation": {"npz": {"path": "huge.npz"}}},
+        "model": [{"dense": {"units": 2}}],
+        "loss": "mean_squared_error",
+        "optimizer": "sgd",
+        "training": {"epochs": 3},
+    }
+    (tmp_path / "job.json").write_text(json.dumps(job))
+    done = run_ranks(2, ["-m", "worker", "train", tmp_path / "job.json", "-o", tmp_path / "out"])
+    assert done.returncode == 1
+    assert "(end of epoch 1): the validation loss is inf" in done.stderr
+    assert not (tmp_path / "out" / "summary.json").exists()
+    assert "Infinity" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_folder(run_ranks, data, tmp_path) -> None:
+    job = write_job(tmp_path, data, "sgd", epochs=1)
+    wild = [job, "-o", tmp_path / "out", "--set", "optimizer.sgd.learning_rate=1e38"]
+    assert run_ranks(1, ["-m", "worker", "train", *wild]).returncode == 1
+    resumed = run_ranks(1, ["-m", "worker", "train", job, "-o", tmp_path / "out", "--resume"])
+    assert resumed.returncode == 2
+    assert "leave --resume out to start anew" in resumed.stderr
+    train(run_ranks, 1, job, tmp_path / "out")
+    assert metrics(tmp_path / "out")[0]["epoch"] == 1
