@@ -34,7 +34,8 @@ def test_an_empty_job_lacks_each_required_part_and_says_what_it_takes() -> None:
     assert faults(JobSpec()) == [
         "data: is required",
         "model: is required: at least one of dense, sigmoid, tanh, relu, leaky_relu, softmax",
-        "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy",
+        "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy, huber,"
+        " mean_absolute_error",
         "optimizer: is required: one of sgd, momentum, adam, adamw",
     ]
 
