@@ -113,6 +113,7 @@ def summarize(
         "train_loss": result.train_loss,
         "validation_loss": result.validation_loss,
         "validation_accuracy": result.validation_accuracy,
+        "validation_metrics": result.validation_metrics,
         "samples_per_second": result.samples_per_second,
         "seconds_to_first_step": max(0.0, result.first_step_time - process_start_time),
         "wall_seconds": result.wall_seconds,

@@ -46,6 +46,7 @@ class Result:
     train_loss: float | None  # mean over the last epoch
     validation_loss: float | None
     validation_accuracy: float | None
+    validation_metrics: dict[str, Any] | None
     samples_per_second: float
     first_step_time: float  # seconds since the Unix epoch at which the first step had ended; 0 when there was none
     wall_seconds: float
@@ -69,12 +70,12 @@ def train(
     reader = BatchReader(prepared.train, prepared.preprocessing, -(-batch_size // world.size))
     evaluator = None
     if prepared.validation is not None:
-        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing)
+        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics)
     model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
 
     checkpoint_time: float | None = None
 
-    def report(position: Position, meter: Meter, validation: dict[str, float | None] | None = None) -> None:
+    def report(position: Position, meter: Meter, validation: dict[str, Any] | None = None) -> None:
         ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics, checkpoint_time))
         if world.rank == 0:
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
@@ -83,7 +84,7 @@ def train(
     step, samples_done = start.step, start.samples
     first_step_time = 0.0
     train_loss: float | None = None
-    validation: dict[str, float | None] = {}
+    validation: dict[str, Any] = {}
     steady = SteadyRate(warm_up_steps=batches if epochs - start.epoch > 1 else min(10, batches // 2))
     for epoch in range(start.epoch, epochs):
         order = sample_order(seed, epoch, samples)
@@ -126,8 +127,7 @@ def train(
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
-            loss, accuracy = evaluator.evaluate()
-            validation = {"validation_loss": loss, "validation_accuracy": accuracy}
+            validation = evaluator.evaluate().as_report()
         position = Position(step, epoch + 1, samples_done)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
         checkpoint_time = observers.end_of_epoch(position)
@@ -139,6 +139,7 @@ def train(
         train_loss=train_loss,
         validation_loss=validation.get("validation_loss"),
         validation_accuracy=validation.get("validation_accuracy"),
+        validation_metrics=validation.get("validation_metrics"),
         samples_per_second=steady.samples_per_second(),
         first_step_time=first_step_time,
         wall_seconds=perf_counter() - began,

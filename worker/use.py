@@ -7,7 +7,7 @@ import io
 import json
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
@@ -18,13 +18,15 @@ from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
 from worker.engine.losses import TARGET_KIND
 from worker.errors import DataFault, UsageFault
-from worker.evaluation import BATCH, sum_over
-from worker.measurements import finite_or_none
+from worker.evaluation import BATCH, conclude, sum_over
+from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
 
 
 def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
-    """Print loss and accuracy of the model in `folder` on the job's validation data, or its training data without any.
+    """Print loss, accuracy and the job's metrics of the model in `folder`.
+
+    They are computed on the job's validation data, or its training data without any.
 
     Raises:
         Fault: the model, the job file or the data is not usable, or they do not fit each other.
@@ -47,10 +49,14 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
 
     reader = BatchReader(dataset, trained.preprocessing, min(BATCH, len(dataset)))
     trained.model.reserve(reader.capacity)
-    loss, accuracy = (sum_over(trained.model, reader, 0, len(dataset)) / len(dataset)).tolist()
-    result = {"data": name, "samples": len(dataset), "loss": loss, "accuracy": finite_or_none(accuracy)}
+    counted = MetricSums(job.metrics, trained.model, dataset.targets)
+    sums = sum_over(trained.model, reader, 0, len(dataset), counted)
+    loss, accuracy, metrics = conclude(sums, len(dataset), counted)
+    result: dict[str, Any] = {"data": name, "samples": len(dataset), "loss": loss, "accuracy": accuracy}
     result = {key: value for key, value in result.items() if value is not None}
-    print(json.dumps(result) if as_json else "  ".join(f"{key} {_short(value)}" for key, value in result.items()))
+    print(
+        json.dumps(result | ({"metrics": metrics} if metrics else {})) if as_json else _evaluation_text(result, metrics)
+    )
 
 
 def predict_file(folder: Path, input_path: Path, output_path: Path | None) -> None:
@@ -93,6 +99,18 @@ def _check_shape(trained: TrainedModel, shape: tuple[int, ...], place: str) -> N
     needed = trained.model.sample_shape
     if tuple(shape) != tuple(needed):
         raise DataFault(f"{place}: samples have shape {tuple(shape)}, and the model was trained on {tuple(needed)}")
+
+
+def _evaluation_text(result: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """One line of numbers, then a line for each list and for each row of a matrix."""
+    numbers = result | {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    lines = ["  ".join(f"{name} {_short(value)}" for name, value in numbers.items())]
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            nested = isinstance(value[0], list)
+            lines.append(f"{name}{' (rows: label, columns: predicted)' if nested else ''}")
+            lines += ["  " + " ".join(f"{_short(cell):>7}" for cell in row) for row in (value if nested else [value])]
+    return "\n".join(lines)
 
 
 def _short(value: object) -> str:

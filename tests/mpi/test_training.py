@@ -134,3 +134,16 @@ def test_a_diverging_loss_stops_all_ranks_names_the_step_and_keeps_the_last_good
     assert "step 1" in errors[0]
     assert "last good checkpoint" in errors[0]
     assert sorted((tmp_path / "out" / "checkpoints").iterdir()) == good
+
+
+def test_metrics_are_the_same_on_any_number_of_ranks_and_in_evaluate(run_ranks, data, tmp_path) -> None:
+    job = write_job(tmp_path, data, epochs=2)
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"metrics": ["f1", "confusion_matrix"]}))
+    train(run_ranks, 1, job, tmp_path / "1")
+    train(run_ranks, 3, job, tmp_path / "3")
+    expected = json.loads((tmp_path / "1" / "summary.json").read_text())["validation_metrics"]
+    assert sum(map(sum, expected["confusion_matrix"])) == 41
+    for line in (metrics(tmp_path / "3")[-1], json.loads((tmp_path / "3" / "summary.json").read_text())):
+        assert line["validation_metrics"] == expected
+    said = run_ranks(1, ["-m", "worker", "evaluate", tmp_path / "3", job, "--format", "json"])
+    assert json.loads(said.stdout)["metrics"] == expected

@@ -6,7 +6,7 @@ training loop reports by step. `backward` belongs to the `forward` before it, an
 `forward` must not change in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -108,13 +108,24 @@ class Model:
         self._loss.reserve(batch_size, self.dtype, in_place=overwritable)
         self._capacity = batch_size
 
-    def forward(self, features: FloatArray, targets: npt.NDArray[Any]) -> Totals:
-        """The loss over features (n, *sample_shape) of `dtype` and targets (n,) or (n, k). n may be 0."""
+    def forward(
+        self,
+        features: FloatArray,
+        targets: npt.NDArray[Any],
+        observe: Callable[[FloatArray, npt.NDArray[Any]], None] | None = None,
+    ) -> Totals:
+        """The loss over features (n, *sample_shape) of `dtype` and targets (n,), (n, T) or (n, k). n may be 0.
+
+        `observe` sees the last layer's outputs and the targets before the loss may write over the former.
+        """
         self._samples = len(features)
         if self._samples == 0:
             return Totals(0.0, 0.0, 0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            return self._loss.forward(self._run(features), targets)
+            outputs = self._run(features)
+            if observe is not None:
+                observe(outputs, targets)
+            return self._loss.forward(outputs, targets)
 
     def backward(self) -> None:
         """Write the gradient, summed over the samples of the last forward, layer by layer from the last.
