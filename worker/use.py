@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import numpy as np
 
 from protos.job_file import JobFileInvalid, read_job_file
-from worker.checkpoint import write_atomically
+from worker.checkpoint import replacing
 from worker.data.batches import BatchReader
 from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
@@ -21,6 +20,7 @@ from worker.errors import DataFault, UsageFault
 from worker.evaluation import BATCH, conclude, sum_over
 from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
+from worker.predictions import choose_writer
 
 
 def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
@@ -59,40 +59,39 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
     )
 
 
-def predict_file(folder: Path, input_path: Path, output_path: Path | None) -> None:
-    """Print, or write to `output_path`, a CSV line for each sample: the label where the loss knows labels, the outputs.
+def predict_file(folder: Path, input_path: Path, output_path: Path | None, form: str | None = None) -> None:
+    """Print, or write to `output_path`, what the model says to each sample; labels where the loss knows labels.
+
+    Args:
+        form: a key of predictions.WRITERS; None goes by the ending of `output_path`, and is CSV without one.
 
     Raises:
-        Fault: the model or the input is not usable, or they do not fit each other.
+        Fault: the model or the input is not usable, or they do not fit each other, or the form is not to be had.
     """
+    writer = choose_writer(form, output_path)
     trained = read_model(folder)
     features = open_features(str(input_path))
     shape = features.shape[1:] or (1,)
     if len(shape) == 2 and trained.model.sample_shape == (*shape, 1):
         shape = (*shape, 1)
     _check_shape(trained, shape, str(input_path))
+    labels = TARGET_KIND[trained.model.loss_kind] == "labels"
+    batches = _outputs(trained, features, shape)
     if output_path is None:
-        _write_predictions(trained, features, shape, sys.stdout)
+        writer(batches, trained.model.output_shape, labels, sys.stdout.buffer)
         return
-    text = io.StringIO()
-    _write_predictions(trained, features, shape, text)
-    write_atomically(output_path, text.getvalue().encode())
+    with replacing(output_path) as temporary, temporary.open("wb") as file:
+        writer(batches, trained.model.output_shape, labels, file)
 
 
-def _write_predictions(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...], file: TextIO) -> None:
-    model = trained.model
-    model.reserve(BATCH)
-    width = int(np.prod(model.output_shape))
-    labels = TARGET_KIND[model.loss_kind] == "labels"
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*(["label"] if labels else []), *(f"output_{index}" for index in range(width))])
+def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The model's outputs (n, *output_shape), a batch at a time."""
+    trained.model.reserve(BATCH)
     converted = np.empty((BATCH, *shape), np.float32)
     for first in range(0, len(features), BATCH):
         raw = features[first : first + BATCH].reshape(-1, *shape)
         trained.preprocessing.apply(raw, converted[: len(raw)])
-        outputs = model.outputs(converted[: len(raw)]).reshape(len(raw), width)
-        for row in outputs:
-            writer.writerow([*([int(row.argmax())] if labels else []), *(f"{value:.7g}" for value in row)])
+        yield trained.model.outputs(converted[: len(raw)])
 
 
 def _check_shape(trained: TrainedModel, shape: tuple[int, ...], place: str) -> None:
