@@ -28,6 +28,7 @@ from worker.checkpoint import (
 from worker.coordinator_client import connect
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
+from worker.initial_weights import open_initial_weights
 from worker.measurements import Position
 from worker.model_file import write_model
 from worker.preparation import Prepared, prepare
@@ -58,11 +59,16 @@ def run_job(
     """
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
+    initial = None
+    if job.initialize_from and not resume:
+        initial = world.agree(lambda: open_initial_weights(Path(job.initialize_from), prepared.model))
+        for line in initial.lines():
+            say(line)
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
     start = Position(*world.broadcast([found.step, found.epoch, found.samples] if found else [0, 0, 0]))
     watchdog.doing("opening the exchange")
-    exchange = open_exchange(world, job, prepared.model, found, resume)
+    exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(f"shared memory is not used: {exchange.note}")
 
@@ -84,6 +90,8 @@ def run_job(
         if world.rank == 0:
             write_model(folder, job, prepared.model, prepared.preprocessing)
             summary = summarize(result, prepared, world.size, max(peaks), process_start_time)
+            if initial is not None:
+                summary["initialized"] = initial.summary()
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.

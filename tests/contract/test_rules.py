@@ -202,7 +202,8 @@ def test_every_field_of_the_schema_is_of_a_kind_the_walkers_know(path: str) -> N
         assert not (rule.default and not field.has_presence), "a default needs `optional`: absent must differ from zero"
         # Outside an option, what is absent is either required or has a value: never a silent zero.
         real_option = field.containing_oneof is not None and field.containing_oneof.name != f"_{field.name}"
-        assert rule.required or rule.default or field.is_repeated or real_option
+        # A file that need not be named is the exception: no file is no silent zero either.
+        assert rule.required or rule.default or field.is_repeated or real_option or rule.path
     else:
         assert not field.message_type.GetOptions().map_entry
         assert not rule.default or rule.default in rules.option_words(field.message_type)
