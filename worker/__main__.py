@@ -55,6 +55,10 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
     verb.add_argument("--format", choices=("csv", "npz", "jsonl"), help="else by the ending of FILE; CSV without one")
 
+    verb = verbs.add_parser("export", help="the model of a finished run in a format that other programs read")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="write an ONNX graph here")
+
     verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
     verb.add_argument("job", type=Path, metavar="JOB.yaml")
     verb.add_argument("start", type=Path, metavar="CHECKPOINT", help="weights and optimizer state to begin with")
@@ -96,6 +100,10 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from worker.use import predict_file
 
         predict_file(arguments.folder, arguments.input, arguments.output, arguments.format)
+    elif arguments.verb == "export":
+        from worker.onnx_export import export_folder
+
+        export_folder(arguments.folder, arguments.onnx)
     else:
         from worker.server.process import serve_parameters
 

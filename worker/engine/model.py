@@ -88,6 +88,11 @@ class Model:
             names = [f"{place}.{parameter.name}" for parameter in layer.parameters]
             layer.attach([self._values[name] for name in names], [gradients[name] for name in names if gradients])
 
+    @property
+    def layers(self) -> tuple[Placed, ...]:
+        """The layers, first to last."""
+        return tuple(self._layers)
+
     def named_parameters(self) -> dict[str, FloatArray]:
         """Views of the attached parameters in layer order, under names such as `0.dense.weight`."""
         return dict(self._values)
