@@ -66,7 +66,7 @@ def sum_over(model: Model, reader: BatchReader, low: int, high: int, counted: Me
     sums = np.zeros(2)
     for first in range(low, high, reader.capacity):
         features, targets = reader.take(np.arange(first, min(first + reader.capacity, high)))
-        totals = model.forward(features, targets, counted.add)
+        totals = model.forward(features, targets, observe=counted.add)
         sums += totals.loss, totals.correct
     return sums
 

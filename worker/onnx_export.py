@@ -16,7 +16,7 @@ import numpy as np
 
 from worker.checkpoint import replacing
 from worker.data.preprocessing import Preprocessing
-from worker.engine.model import Placed
+from worker.engine.chain import Placed
 from worker.errors import ModelFault, UsageFault
 from worker.model_file import TrainedModel, read_model
 
@@ -92,7 +92,7 @@ NODES: Final[dict[str, Callable[[Graph, Placed], None]]] = {
     "sigmoid": lambda graph, placed: graph.add("Sigmoid"),
     "tanh": lambda graph, placed: graph.add("Tanh"),
     "relu": lambda graph, placed: graph.add("Relu"),
-    "leaky_relu": lambda graph, placed: graph.add("LeakyRelu", alpha=placed.options.alpha),
+    "leaky_relu": lambda graph, placed: graph.add("LeakyRelu", alpha=_alpha(placed)),
     "softmax": lambda graph, placed: graph.add("Softmax", axis=-1),
     "conv2d": _conv2d,
     "max_pool2d": lambda graph, placed: _channels_first(graph, placed, "MaxPool"),
@@ -101,7 +101,7 @@ NODES: Final[dict[str, Callable[[Graph, Placed], None]]] = {
     "flatten": lambda graph, placed: _flatten_to(graph, math.prod(placed.layer.output_shape)),
     "gelu": lambda graph, placed: graph.add("Gelu"),
     "silu": _silu,
-    "elu": lambda graph, placed: graph.add("Elu", alpha=placed.options.alpha),
+    "elu": lambda graph, placed: graph.add("Elu", alpha=_alpha(placed)),
     "softplus": lambda graph, placed: graph.add("Softplus"),
 }
 
@@ -162,3 +162,8 @@ def _values(placed: Placed) -> list[np.ndarray]:
     layer: Any = placed.layer
     held = [getattr(layer, parameter.name) for parameter in placed.layer.parameters]
     return [values[0] if isinstance(values, list) else values for values in held]
+
+
+def _alpha(placed: Placed) -> float:
+    layer: Any = placed.layer
+    return float(layer.alpha)

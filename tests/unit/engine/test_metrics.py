@@ -122,7 +122,7 @@ def test_evaluation_sees_the_outputs_before_the_loss_writes_over_them(engine):
     made = engine.build(["dense:4"], "softmax_cross_entropy", (3,))
     features, labels = engine.draw_batch(made.model, 9, 4)
     sums = MetricSums(asked("top_k_accuracy:1"), made.model, labels)
-    totals = made.model.forward(features, labels, sums.add)
+    totals = made.model.forward(features, labels, observe=sums.add)
     assert sums.values()["top_1_accuracy"] == totals.correct / 9
 
 
