@@ -16,7 +16,9 @@ from datetime import UTC, datetime
 from typing import Any
 
 from google.protobuf.descriptor import FieldDescriptor
+from google.protobuf.json_format import MessageToDict
 from google.protobuf.message import Message
+from google.protobuf.struct_pb2 import Struct
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from protos import job_pb2
@@ -78,6 +80,8 @@ def _value(field: FieldDescriptor, value: Any) -> Any:
 def _single(field: FieldDescriptor, value: Any) -> Any:
     if isinstance(value, Timestamp):
         return time_text(value)
+    if isinstance(value, Struct):
+        return MessageToDict(value)
     if isinstance(value, Message):
         return document(value)
     if field.enum_type is not None:

@@ -228,12 +228,27 @@ def _one_clipping(spec: JobSpec) -> Violation | None:
     return Violation("training.clip_value", f"{given} is given beside `clip_norm`; remove one of the two")
 
 
+OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
+PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
+
+
+def _metrics_for_the_loss(spec: JobSpec) -> Violation | None:
+    loss = chosen_option(spec.loss)
+    asked = [kind for metric in spec.metrics if (kind := chosen_option(metric))]
+    unfit = [kind for kind in asked if (kind in OF_VALUES) == (loss in PREDICTS_LABELS)]
+    if loss is None or not unfit:
+        return None
+    predicts = "labels" if loss in PREDICTS_LABELS else "values"
+    return Violation("metrics", f"{', '.join(unfit)} cannot be told of {predicts}, which {loss} predicts; remove them")
+
+
 CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _one_held_out_set,
     _one_preprocessing,
     _logits_for_the_loss,
     _losses_to_watch,
     _one_clipping,
+    _metrics_for_the_loss,
 )
 
 

@@ -49,10 +49,15 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("job", type=Path, metavar="JOB.yaml")
     verb.add_argument("--format", choices=("text", "json"), default="text")
 
-    verb = verbs.add_parser("predict", help="what a finished run says to new samples, as CSV")
+    verb = verbs.add_parser("predict", help="what a finished run says to new samples")
     verb.add_argument("folder", type=Path, metavar="DIR")
     verb.add_argument("input", type=Path, metavar="INPUT", help="features: .npy, .npz (array x), .csv, or idx")
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
+    verb.add_argument("--format", choices=("csv", "npz", "jsonl"), help="else by the ending of FILE; CSV without one")
+
+    verb = verbs.add_parser("export", help="the model of a finished run in a format that other programs read")
+    verb.add_argument("folder", type=Path, metavar="DIR")
+    verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="write an ONNX graph here")
 
     verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
     verb.add_argument("job", type=Path, metavar="JOB.yaml")
@@ -94,7 +99,11 @@ def run_verb(arguments: argparse.Namespace) -> int:
     elif arguments.verb == "predict":
         from worker.use import predict_file
 
-        predict_file(arguments.folder, arguments.input, arguments.output)
+        predict_file(arguments.folder, arguments.input, arguments.output, arguments.format)
+    elif arguments.verb == "export":
+        from worker.onnx_export import export_folder
+
+        export_folder(arguments.folder, arguments.onnx)
     else:
         from worker.server.process import serve_parameters
 

@@ -80,13 +80,14 @@ class CoordinatorClient:
     def _deliver(self, stub: Any, batch: list[Item]) -> bool:
         """Try until the coordinator has answered; False when it never will."""
         import grpc
+        from google.protobuf import json_format
 
         from protos import coordinator_pb2, job_pb2
 
         request = coordinator_pb2.ReportProgressRequest(
             job_id=self._job_id,
             attempt=self._attempt,
-            reports=[job_pb2.Report(**report) for report, _ in batch],
+            reports=[json_format.ParseDict(report, job_pb2.Report()) for report, _ in batch],
             ranks=[coordinator_pb2.RankReport(**rank) for rank in batch[-1][1]],
         )
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))

@@ -1,44 +1,77 @@
-"""Loss and accuracy over a whole data set, split among the ranks and exact whatever their number."""
+"""Loss, accuracy and metrics over a whole data set, split among the ranks and exact whatever their number."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import numpy as np
 
+from protos import job_pb2
 from worker.data.batches import BatchReader
 from worker.data.preprocessing import Preprocessing
 from worker.data.sharding import share
 from worker.data.sources import Dataset
 from worker.engine.model import Model
 from worker.measurements import finite_or_none
+from worker.metrics import MetricSums, Values
 from worker.sync.world import World
 
 BATCH = 512  # samples a rank evaluates at a time
 
 
+class Evaluation(NamedTuple):
+    """What a model is worth on a data set; the same on every rank."""
+
+    loss: float  # mean over the samples
+    accuracy: float | None  # None where that has no meaning
+    metrics: Values  # those the job asks for
+
+    def as_report(self) -> dict[str, Any]:
+        """The fields of a line of metrics.jsonl; names as in the contract."""
+        report = {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
+        return report | ({"validation_metrics": self.metrics} if self.metrics else {})
+
+
 class Evaluator:
     """Evaluates one data set again and again; its buffers are made once."""
 
-    def __init__(self, world: World, model: Model, dataset: Dataset, preprocessing: Preprocessing) -> None:
+    def __init__(
+        self,
+        world: World,
+        model: Model,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        metrics: Sequence[job_pb2.Metric] = (),
+    ) -> None:
         self._world = world
         self._model = model
-        self._samples = len(dataset)
+        self._metrics = metrics
+        self._dataset = dataset
         self._low, self._high = share(0, len(dataset), world.rank, world.size)
         self.capacity = min(BATCH, max(self._high - self._low, 1))
         self._reader = BatchReader(dataset, preprocessing, self.capacity)
 
-    def evaluate(self) -> tuple[float, float | None]:
-        """Mean loss and accuracy (None where that has no meaning); the same on every rank. Collective."""
-        sums = sum_over(self._model, self._reader, self._low, self._high)
+    def evaluate(self) -> Evaluation:
+        """Collective."""
+        counted = MetricSums(self._metrics, self._model, self._dataset.targets)
+        sums = sum_over(self._model, self._reader, self._low, self._high, counted)
         self._world.sum(sums)
-        loss, correct = (sums / self._samples).tolist()
-        return loss, finite_or_none(correct)
+        self._world.sum(counted.sums)
+        return conclude(sums, len(self._dataset), counted)
 
 
-def sum_over(model: Model, reader: BatchReader, low: int, high: int) -> np.ndarray:
-    """[loss, correct] summed over the samples from `low` to `high`, in float64."""
+def sum_over(model: Model, reader: BatchReader, low: int, high: int, counted: MetricSums) -> np.ndarray:
+    """[loss, correct] summed over the samples from `low` to `high`, in float64; the metrics' sums go to `counted`."""
     sums = np.zeros(2)
     for first in range(low, high, reader.capacity):
         features, targets = reader.take(np.arange(first, min(first + reader.capacity, high)))
-        totals = model.forward(features, targets)
+        totals = model.forward(features, targets, observe=counted.add)
         sums += totals.loss, totals.correct
     return sums
+
+
+def conclude(sums: np.ndarray, samples: int, counted: MetricSums) -> Evaluation:
+    """From the sums over all samples."""
+    loss, correct = (sums / samples).tolist()
+    return Evaluation(loss, finite_or_none(correct), counted.values())

@@ -1,7 +1,7 @@
 """The folder a run leaves: which files it holds, when it may be written, and how a run is taken up again in it.
 
 Rules: nothing is made before the job is known to fit together. A folder that holds a run, be it one checkpoint, is not
-written to, unless it is to be resumed; then the job may differ only in what does not change the mathematics done so far.
+written to, unless it is to be resumed; then the job may differ only in what leaves the mathematics done so far alone.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def open_again(folder: Path, job: job_pb2.JobSpec, say: Callable[[str], None]) -
     found = newest_checkpoint(folder / CHECKPOINTS, say)
     if found.epoch > job.training.epochs:
         raise OutputFault(
-            f"{folder}: has done {found.epoch} epochs and training.epochs is {job.training.epochs}; ask for more of them"
+            f"{folder}: has done {found.epoch} epochs and training.epochs is {job.training.epochs}; ask for more"
         )
     write_atomically(folder / JOB, to_yaml(job).encode())
     return found

@@ -14,6 +14,7 @@ from worker.data.split import hold_out
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
 from worker.errors import DataFault
+from worker.metrics import MetricSums
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,14 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
     elif job.data.validation_fraction > 0:
         train, validation = hold_out(train, job.data.validation_fraction, job.training.seed)
     model = Model(job.model, job.loss, train.sample_shape)
+    if job.metrics and validation is None:
+        raise DataFault(
+            "metrics: are computed over validation samples, and there are none: "
+            "give data.validation or data.validation_fraction"
+        )
     for dataset in (train, validation):
         if dataset is not None:
             model.check_targets(dataset.targets, dataset.place)
+    if validation is not None:
+        MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
     return Prepared(train, validation, make_preprocessing(job.data, train), model)

@@ -66,4 +66,6 @@ def plain_line(report: Report, epochs: int) -> str:
         parts.append(f"validation loss {report['validation_loss']:.4f}")
     if "validation_accuracy" in report:
         parts.append(f"validation accuracy {report['validation_accuracy']:.4f}")
+    values = report.get("validation_metrics", {}).items()
+    parts += [f"{name.replace('_', ' ')} {value:.4f}" for name, value in values if isinstance(value, float)]
     return "  ".join(parts)

@@ -28,6 +28,7 @@ from worker.checkpoint import (
 from worker.coordinator_client import connect
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
+from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
 from worker.preparation import Prepared, prepare
@@ -60,13 +61,18 @@ def run_job(
     """
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
+    initial = None
+    if job.initialize_from and not resume:
+        initial = world.agree(lambda: open_initial_weights(Path(job.initialize_from), prepared.model))
+        for line in initial.lines():
+            say(line)
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
     start = Position(
         *world.broadcast([found.step, found.epoch, found.samples, found.validations] if found else [0, 0, 0, ()])
     )
     watchdog.doing("opening the exchange")
-    exchange = open_exchange(world, job, prepared.model, found, resume)
+    exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(f"shared memory is not used: {exchange.note}")
 
@@ -97,6 +103,8 @@ def run_job(
             exchange.parameters[:] = evaluated_weights(exchange.parameters, state) if chosen is None else chosen
             write_model(folder, job, prepared.model, prepared.preprocessing)
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
+            if initial is not None:
+                summary["initialized"] = initial.summary()
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.
@@ -139,6 +147,7 @@ def summarize(
         "train_loss": result.train_loss,
         "validation_loss": validation.get("validation_loss"),
         "validation_accuracy": validation.get("validation_accuracy"),
+        "validation_metrics": validation.get("validation_metrics"),
         "best_epoch": best or None,
         "stopped_early": bool(result.stopped) or None,
         # A run killed between its last checkpoint and its results is finished without a step: then there is no rate.

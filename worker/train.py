@@ -76,12 +76,12 @@ def train(
     reader = BatchReader(prepared.train, prepared.preprocessing, accumulator.capacity)
     evaluator = None
     if prepared.validation is not None:
-        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing)
+        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics)
     model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
 
     checkpoint_time: float | None = None
 
-    def report(position: Position, meter: Meter, validation: dict[str, float | None] | None = None) -> None:
+    def report(position: Position, meter: Meter, validation: dict[str, Any] | None = None) -> None:
         ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics, checkpoint_time))
         if world.rank == 0:
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
@@ -93,7 +93,7 @@ def train(
     train_loss: float | None = None
     position, stopped = start, None
     averaged = job.training.HasField("average")
-    validation: dict[str, float | None] = {}
+    validation: dict[str, Any] = {}
     steady = SteadyRate(warm_up_steps=batches if epochs - start.epoch > 1 else min(10, batches // 2))
     for epoch in range(start.epoch, epochs):
         losses = validation_losses(validations)
@@ -137,13 +137,13 @@ def train(
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
             with exchange.showing(AVERAGE) if averaged else nullcontext():
-                loss, accuracy = evaluator.evaluate()
-            validation = {"validation_loss": loss, "validation_accuracy": accuracy}
-            if not math.isfinite(loss):
+                evaluation = evaluator.evaluate()
+            if not math.isfinite(evaluation.loss):
                 raise TrainingFault(
-                    f"step {step} (end of epoch {epoch + 1}): the validation loss is {loss:g}; look for enormous "
-                    f"values in the validation set, or lower the learning rate ({learning_rate:g})"
+                    f"step {step} (end of epoch {epoch + 1}): the validation loss is {evaluation.loss:g}; look for "
+                    f"enormous values in the validation set, or lower the learning rate ({learning_rate:g})"
                 )
+            validation = evaluation.as_report()
             validations += (validation,)
         position = Position(step, epoch + 1, samples_done, validations)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")

@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import Any
 
 import numpy as np
 
 from protos.job_file import JobFileInvalid, read_job_file
-from worker.checkpoint import write_atomically
+from worker.checkpoint import replacing
 from worker.data.batches import BatchReader
 from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
 from worker.engine.losses import TARGET_KIND
 from worker.errors import DataFault, UsageFault
-from worker.evaluation import BATCH, sum_over
-from worker.measurements import finite_or_none
+from worker.evaluation import BATCH, conclude, sum_over
+from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
+from worker.predictions import choose_writer
 
 
 def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
-    """Print loss and accuracy of the model in `folder` on the job's validation data, or its training data without any.
+    """Print loss, accuracy and the job's metrics of the model in `folder`.
+
+    They are computed on the job's validation data, or its training data without any.
 
     Raises:
         Fault: the model, the job file or the data is not usable, or they do not fit each other.
@@ -48,54 +50,69 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
 
     reader = BatchReader(dataset, trained.preprocessing, min(BATCH, len(dataset)))
     trained.model.reserve(reader.capacity)
-    loss, accuracy = (sum_over(trained.model, reader, 0, len(dataset)) / len(dataset)).tolist()
+    counted = MetricSums(job.metrics, trained.model, dataset.targets)
+    sums = sum_over(trained.model, reader, 0, len(dataset), counted)
+    loss, accuracy, metrics = conclude(sums, len(dataset), counted)
     if not math.isfinite(loss):
         raise DataFault(f"{dataset.place}: the model's loss on it is {loss:g}; look for enormous values in it")
-    result = {"data": name, "samples": len(dataset), "loss": loss, "accuracy": finite_or_none(accuracy)}
+    result: dict[str, Any] = {"data": name, "samples": len(dataset), "loss": loss, "accuracy": accuracy}
     result = {key: value for key, value in result.items() if value is not None}
-    print(json.dumps(result) if as_json else "  ".join(f"{key} {_short(value)}" for key, value in result.items()))
+    print(
+        json.dumps(result | ({"metrics": metrics} if metrics else {})) if as_json else _evaluation_text(result, metrics)
+    )
 
 
-def predict_file(folder: Path, input_path: Path, output_path: Path | None) -> None:
-    """Print, or write to `output_path`, a CSV line for each sample: the label where the loss knows labels, the outputs.
+def predict_file(folder: Path, input_path: Path, output_path: Path | None, form: str | None = None) -> None:
+    """Print, or write to `output_path`, what the model says to each sample; labels where the loss knows labels.
+
+    Args:
+        form: a key of predictions.WRITERS; None goes by the ending of `output_path`, and is CSV without one.
 
     Raises:
-        Fault: the model or the input is not usable, or they do not fit each other.
+        Fault: the model or the input is not usable, or they do not fit each other, or the form is not to be had.
     """
+    writer = choose_writer(form, output_path)
     trained = read_model(folder)
     features = open_features(str(input_path))
     shape = features.shape[1:] or (1,)
     if len(shape) == 2 and trained.model.sample_shape == (*shape, 1):
         shape = (*shape, 1)
     _check_shape(trained, shape, str(input_path))
+    labels = TARGET_KIND[trained.model.loss_kind] == "labels"
+    batches = _outputs(trained, features, shape)
     if output_path is None:
-        _write_predictions(trained, features, shape, sys.stdout)
+        writer(batches, trained.model.output_shape, labels, sys.stdout.buffer)
         return
-    text = io.StringIO()
-    _write_predictions(trained, features, shape, text)
-    write_atomically(output_path, text.getvalue().encode())
+    with replacing(output_path) as temporary, temporary.open("wb") as file:
+        writer(batches, trained.model.output_shape, labels, file)
 
 
-def _write_predictions(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...], file: TextIO) -> None:
-    model = trained.model
-    model.reserve(BATCH)
-    width = int(np.prod(model.output_shape))
-    labels = TARGET_KIND[model.loss_kind] == "labels"
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow([*(["label"] if labels else []), *(f"output_{index}" for index in range(width))])
+def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+    """The model's outputs (n, *output_shape), a batch at a time."""
+    trained.model.reserve(BATCH)
     converted = np.empty((BATCH, *shape), np.float32)
     for first in range(0, len(features), BATCH):
         raw = features[first : first + BATCH].reshape(-1, *shape)
         trained.preprocessing.apply(raw, converted[: len(raw)])
-        outputs = model.outputs(converted[: len(raw)]).reshape(len(raw), width)
-        for row in outputs:
-            writer.writerow([*([int(row.argmax())] if labels else []), *(f"{value:.7g}" for value in row)])
+        yield trained.model.outputs(converted[: len(raw)])
 
 
 def _check_shape(trained: TrainedModel, shape: tuple[int, ...], place: str) -> None:
     needed = trained.model.sample_shape
     if tuple(shape) != tuple(needed):
         raise DataFault(f"{place}: samples have shape {tuple(shape)}, and the model was trained on {tuple(needed)}")
+
+
+def _evaluation_text(result: dict[str, Any], metrics: dict[str, Any]) -> str:
+    """One line of numbers, then a line for each list and for each row of a matrix."""
+    numbers = result | {name: value for name, value in metrics.items() if not isinstance(value, list)}
+    lines = ["  ".join(f"{name} {_short(value)}" for name, value in numbers.items())]
+    for name, value in metrics.items():
+        if isinstance(value, list):
+            nested = isinstance(value[0], list)
+            lines.append(f"{name}{' (rows: label, columns: predicted)' if nested else ''}")
+            lines += ["  " + " ".join(f"{_short(cell):>7}" for cell in row) for row in (value if nested else [value])]
+    return "\n".join(lines)
 
 
 def _short(value: object) -> str:

@@ -123,7 +123,7 @@ def test_one_number_stands_for_a_list_of_one() -> None:
 def test_the_resolved_job_reads_like_a_job_file() -> None:
     text = to_yaml(parse_job(MINIMAL))
     assert "- dense: {units: 10, bias: true}\n" in text
-    assert "loss: softmax_cross_entropy\n" in text
+    assert "loss:\n  softmax_cross_entropy: {label_smoothing: 0.0}\n" in text
     assert "sync: all_reduce\n" in text
     assert "schedule:\n  constant: {}\n  warm_up_epochs: 0.0\n" in text
     assert "training: {epochs: 10, batch_size: 32, seed: 0, keep_checkpoints: 2" in text

@@ -36,7 +36,8 @@ def test_an_empty_job_lacks_each_required_part_and_says_what_it_takes() -> None:
     assert faults(JobSpec()) == [
         "data: is required",
         f"model: is required: at least one of {LAYERS}",
-        "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy",
+        "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy, huber,"
+        " mean_absolute_error",
         "optimizer: is required: one of sgd, momentum, adam, adamw, rmsprop, adagrad, lion",
     ]
 
@@ -206,7 +207,8 @@ def test_every_field_of_the_schema_is_of_a_kind_the_walkers_know(path: str) -> N
         assert not (rule.default and not field.has_presence), "a default needs `optional`: absent must differ from zero"
         # Outside an option, what is absent is either required or has a value: never a silent zero.
         real_option = field.containing_oneof is not None and field.containing_oneof.name != f"_{field.name}"
-        assert rule.required or rule.default or field.is_repeated or real_option
+        # A file that need not be named is the exception: no file is no silent zero either.
+        assert rule.required or rule.default or field.is_repeated or real_option or rule.path
     else:
         assert not field.message_type.GetOptions().map_entry
         assert not rule.default or rule.default in rules.option_words(field.message_type)

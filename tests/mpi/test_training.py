@@ -179,3 +179,16 @@ def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_fo
     assert "leave --resume out to start anew" in resumed.stderr
     train(run_ranks, 1, job, tmp_path / "out")
     assert metrics(tmp_path / "out")[0]["epoch"] == 1
+
+
+def test_metrics_are_the_same_on_any_number_of_ranks_and_in_evaluate(run_ranks, data, tmp_path) -> None:
+    job = write_job(tmp_path, data, epochs=2)
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"metrics": ["f1", "confusion_matrix"]}))
+    train(run_ranks, 1, job, tmp_path / "1")
+    train(run_ranks, 3, job, tmp_path / "3")
+    expected = json.loads((tmp_path / "1" / "summary.json").read_text())["validation_metrics"]
+    assert sum(map(sum, expected["confusion_matrix"])) == 41
+    for line in (metrics(tmp_path / "3")[-1], json.loads((tmp_path / "3" / "summary.json").read_text())):
+        assert line["validation_metrics"] == expected
+    said = run_ranks(1, ["-m", "worker", "evaluate", tmp_path / "3", job, "--format", "json"])
+    assert json.loads(said.stdout)["metrics"] == expected

@@ -1,6 +1,7 @@
 """Targets in the form a loss takes: whole-number labels, or rows of values.
 
-Rules: `labels` are int64 (n,), whole and not negative; whether they fit the model's outputs is the model's to say.
+Rules: `labels` are int64 (n,), or (n, T) for the positions of sequences, whole and not negative; whether they fit the
+model's outputs is the model's to say.
 `values` are float32 (n, k). Faults name the row.
 """
 
@@ -16,7 +17,7 @@ LARGEST_LABEL = np.float64(2**53)  # up to here a float64 holds every whole numb
 
 
 def as_targets(array: StoredArray, kind: str) -> NDArray[Any]:
-    """Numbers as targets: `kind` "labels" -> int64 (n,), "values" -> float32 (n, k); DataFault if they are not that."""
+    """Numbers as targets, DataFault otherwise; `kind` "labels" -> int64 (n,) or (n, T), "values" -> float32 (n, k)."""
     check_finite(array, "targets")
     if kind == "labels":
         return _as_labels(array)
@@ -28,20 +29,20 @@ def as_targets(array: StoredArray, kind: str) -> NDArray[Any]:
 
 def _as_labels(array: StoredArray) -> NDArray[np.int64]:
     values, place, locate = array
-    if values.size != len(values):
+    if values.size != len(values) and values.ndim > 2:
         raise DataFault(
-            f"{place}: the loss needs one label for each sample, this array has shape {values.shape}; "
+            f"{place}: the loss needs one label for each sample or position, this array has shape {values.shape}; "
             "give class numbers 0, 1, 2, ... (are features and targets exchanged?)"
         )
-    column = values.reshape(-1)
+    labels = values.reshape(-1) if values.size == len(values) else values
     faults = {
-        "is not a whole number": column != np.rint(column) if column.dtype.kind == "f" else None,
-        "is negative": column < 0 if column.dtype.kind in "if" else None,
-        "is too large for a class number": column > LARGEST_LABEL if column.dtype.kind != "b" else None,
+        "is not a whole number": labels != np.rint(labels) if labels.dtype.kind == "f" else None,
+        "is negative": labels < 0 if labels.dtype.kind in "if" else None,
+        "is too large for a class number": labels > LARGEST_LABEL if labels.dtype.kind != "b" else None,
     }
     for fault, bad in faults.items():
         if bad is not None and bad.any():
-            row = int(bad.argmax())
-            where = locate((row,) + (0,) * (values.ndim - 1))
-            raise DataFault(f"{place}: label {column[row]} at {where} {fault}; labels are class numbers 0, 1, 2, ...")
-    return np.ascontiguousarray(column, dtype=np.int64)
+            first = tuple(int(index) for index in np.unravel_index(int(bad.argmax()), bad.shape))
+            where = locate(first + (0,) * (values.ndim - len(first)))
+            raise DataFault(f"{place}: label {labels[first]} at {where} {fault}; labels are class numbers 0, 1, 2, ...")
+    return np.ascontiguousarray(labels, dtype=np.int64)

@@ -6,14 +6,14 @@ reports by step. `backward` belongs to the `forward` before it, and the features
 `forward` must not change in between.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.chain import Chain
+from worker.engine.chain import Chain, Placed
 from worker.engine.initializers import fill
 from worker.engine.layers.layer import Moment
 from worker.engine.losses import LOSSES, Loss, Totals
@@ -76,6 +76,11 @@ class Model:
         gradients = [] if gradient is None else [view(gradient, slot) for slot in self.slots]
         self._chain.attach(list(self._values.values()), gradients)
 
+    @property
+    def layers(self) -> tuple[Placed, ...]:
+        """The layers, first to last."""
+        return tuple(self._chain.layers)
+
     def named_parameters(self) -> dict[str, FloatArray]:
         """Views of the attached parameters in layer order, under names such as `0.dense.weight`."""
         return dict(self._values)
@@ -92,16 +97,26 @@ class Model:
         self._loss.reserve(batch_size, self.dtype, in_place=overwritable)
         self._capacity = batch_size
 
-    def forward(self, features: FloatArray, targets: npt.NDArray[Any], moment: Moment | None = None) -> Totals:
-        """The loss over features (n, *sample_shape) of `dtype` and targets (n,) or (n, k). n may be 0.
+    def forward(
+        self,
+        features: FloatArray,
+        targets: npt.NDArray[Any],
+        moment: Moment | None = None,
+        observe: Callable[[FloatArray, npt.NDArray[Any]], None] | None = None,
+    ) -> Totals:
+        """The loss over features (n, *sample_shape) of `dtype` and targets (n,), (n, T) or (n, k). n may be 0.
 
-        `moment` makes it a training step: layers that act otherwise in training do so.
+        `moment` makes it a training step: layers that act otherwise in training do so. `observe` sees the last layer's
+        outputs and the targets before the loss may write over the former.
         """
         self._samples = len(features)
         if self._samples == 0:
             return Totals(0.0, 0.0, 0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
-            return self._loss.forward(self._run(features, moment), targets)
+            outputs = self._run(features, moment)
+            if observe is not None:
+                observe(outputs, targets)
+            return self._loss.forward(outputs, targets)
 
     def backward(self) -> None:
         """Write the gradient, summed over the samples of the last forward, layer by layer from the last.

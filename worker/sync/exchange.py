@@ -23,6 +23,7 @@ from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
+from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -65,16 +66,22 @@ class Exchange(Protocol):
 
 
 def open_exchange(
-    world: World, job: job_pb2.JobSpec, model: Model, resumed: Checkpoint | None, resume: bool
+    world: World,
+    job: job_pb2.JobSpec,
+    model: Model,
+    resumed: Checkpoint | None,
+    resume: bool,
+    initial: InitialWeights | None = None,
 ) -> Exchange:
     """Make the exchange, attach the model to it, and fill in the weights training starts from. Collective.
 
     Args:
         resumed: on rank 0 the checkpoint to go on from; elsewhere None.
         resume: whether there is one, on every rank.
+        initial: weights from a file, laid over those drawn by the seed.
     """
     if job.sync.WhichOneof("kind") == "parameter_server":
-        return _open_parameter_server(world, job, model, resumed, resume)
+        return _open_parameter_server(world, job, model, resumed, resume, initial)
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     exchange = AllReduceExchange(world, make_update(job), count, decayed, len(TOTALS), job.training.clip_norm)
@@ -89,6 +96,8 @@ def open_exchange(
             exchange.restore_state(name, array)
     elif lowest_of_node:
         model.initialize(job.training.seed)
+        if initial is not None:
+            initial.load(model)
     exchange.publish_parameters()
     return exchange
 
@@ -157,7 +166,12 @@ class ServerExchange:
 
 
 def _open_parameter_server(
-    world: World, job: job_pb2.JobSpec, model: Model, resumed: Checkpoint | None, resume: bool
+    world: World,
+    job: job_pb2.JobSpec,
+    model: Model,
+    resumed: Checkpoint | None,
+    resume: bool,
+    initial: InitialWeights | None = None,
 ) -> ServerExchange:
     # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
     from worker.server.process import start_server_process
@@ -170,6 +184,8 @@ def _open_parameter_server(
         vectors.parameters[:] = world.broadcast_array(resumed.parameters if resumed else None, count)
     else:
         model.initialize(job.training.seed)
+        if initial is not None:
+            initial.load(model)
 
     generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
     token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)

@@ -36,6 +36,12 @@ def test_more_ranks_than_slots_are_refused_with_both_remedies() -> None:
     )
 
 
+def test_the_file_of_initial_weights_is_confined_like_data(tmp_path: Path) -> None:
+    spec = job(str(tmp_path / "data.csv"))
+    spec.initialize_from = "/etc/weights.safetensors"
+    assert [fault.path for fault in violations_of(spec, (tmp_path.resolve(),), 2)] == ["initialize_from"]
+
+
 def test_every_fault_is_named_at_once() -> None:
     spec = job("data.csv", workers=5)
     spec.optimizer.sgd.learning_rate = -1

@@ -117,7 +117,12 @@ FAULTS = {
     ),
     "negative": (X, np.array([0, 1, 1, -3]), r"label -3 at row 3 \(counted from 0\) is negative; labels are"),
     "large": (X, np.array([0, 1, 1, 2**63], np.uint64), r"label 9223372036854775808 at row 3 .* is too large"),
-    "one-hot": (X, np.eye(4), r"one label for each sample, this array has shape \(4, 4\); give class numbers"),
+    "maps of labels": (
+        X,
+        np.zeros((4, 2, 2)),
+        r"one label for each sample or position, .* shape \(4, 2, 2\); give class",
+    ),
+    "a fraction at a position": (X, np.eye(4) / 2, r"label 0\.5 at row 0, column 0 .* is not a whole number"),
     "counts": (X, Y[:3], r"4 samples but 3 targets; name two that belong together"),
     "no samples": (X[:0], Y[:0], r"holds 0 samples \(shape \(0, 3\)\); at least one is needed"),
     "no targets": (X, Y[:0], r"holds 0 samples \(shape \(0,\)\)"),

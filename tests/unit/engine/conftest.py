@@ -12,6 +12,8 @@ import pytest
 
 from protos import job_pb2
 from protos.job_file import parse_job
+from protos.rules import resolve
+from worker.engine.losses import LOSSES
 from worker.engine.model import Model
 
 LABEL_LOSS = "softmax_cross_entropy"
@@ -34,11 +36,22 @@ def layer(word: str) -> job_pb2.Layer:
     return message
 
 
-def loss_message(kind: str) -> job_pb2.Loss:
-    """A loss with no settings."""
-    message = job_pb2.Loss()
-    getattr(message, kind).SetInParent()
-    return message
+def loss_message(kind: str, **settings: Any) -> job_pb2.Loss:
+    """A loss of a resolved job."""
+    job = job_pb2.JobSpec()
+    options = getattr(job.loss, kind)
+    options.SetInParent()
+    for name, value in settings.items():
+        if isinstance(value, list):
+            getattr(options, name).extend(value)
+        else:
+            setattr(options, name, value)
+    return resolve(job).loss
+
+
+def make_loss(kind: str, output_shape: tuple[int, ...], **settings: Any) -> Any:
+    """A loss alone, without buffers."""
+    return LOSSES[kind](getattr(loss_message(kind, **settings), kind), output_shape)
 
 
 def build(words: Sequence[str], loss: str, sample_shape: tuple[int, ...], dtype: Any = np.float64) -> SimpleNamespace:
@@ -131,8 +144,10 @@ class Document:
 
 @pytest.fixture(scope="session")
 def engine() -> SimpleNamespace:
-    """`build`, `draw_batch`, `layer`, `loss_message`."""
-    return SimpleNamespace(build=build, draw_batch=draw_batch, layer=layer, loss_message=loss_message)
+    """`build`, `draw_batch`, `layer`, `loss_message`, `make_loss`."""
+    return SimpleNamespace(
+        build=build, draw_batch=draw_batch, layer=layer, loss_message=loss_message, make_loss=make_loss
+    )
 
 
 @pytest.fixture(scope="session")

@@ -20,6 +20,8 @@ LOSSES = {
     "mean_squared_error": lambda z, y: 0.5 * torch.nn.functional.mse_loss(z, y, reduction="sum"),
     "softmax_cross_entropy": lambda z, y: torch.nn.functional.cross_entropy(z, y, reduction="sum"),
     "binary_cross_entropy": lambda z, y: torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum"),
+    "huber": lambda z, y: torch.nn.functional.huber_loss(z, y, reduction="sum"),
+    "mean_absolute_error": lambda z, y: torch.nn.functional.l1_loss(z, y, reduction="sum"),
 }
 
 

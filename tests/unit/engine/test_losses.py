@@ -5,13 +5,22 @@ import re
 import numpy as np
 import pytest
 
+from protos import job_pb2
+from protos.rules import resolve
 from worker.engine.losses import LOSSES, TARGET_KIND
 from worker.errors import DataFault, ModelFault
 
 
+def options_of(kind):
+    """A loss's settings in a resolved job."""
+    job = job_pb2.JobSpec()
+    getattr(job.loss, kind).SetInParent()
+    return getattr(resolve(job).loss, kind)
+
+
 def make(kind, units, samples=8, dtype=np.float32):
     """A loss with its buffers."""
-    loss = LOSSES[kind](None, (units,))
+    loss = LOSSES[kind](options_of(kind), (units,))
     loss.reserve(samples, dtype, in_place=False)
     return loss
 
@@ -91,7 +100,7 @@ def test_correct_counts_right_labels_and_shares_of_them(engine):
     [
         ("softmax_cross_entropy", np.array([0, 3, 1]), "train.npz: label 3 of sample 1 is not among 0 to 2"),
         ("softmax_cross_entropy", np.array([0, -1]), "label -1 of sample 1 is not among 0 to 2"),
-        ("softmax_cross_entropy", np.array([[0, 1, 2]]), "needs one label a sample"),
+        ("softmax_cross_entropy", np.array([[0, 1, 2]]), "needs one label a sample: give class numbers"),
         ("softmax_cross_entropy", np.array([0.0, 1.0]), "targets are float64"),
         ("mean_squared_error", np.zeros((4, 2)), "2 target values a sample, but the model has 3 outputs"),
         ("mean_squared_error", np.array([[0, 0, 0], [0, np.inf, 0]]), "target of sample 1 is not a finite number"),
@@ -120,6 +129,6 @@ def test_targets_that_fit_pass(kind, targets):
 
 def test_a_loss_that_does_not_fit_the_outputs_is_refused():
     with pytest.raises(ModelFault, match="got 1 output, needs one for each class"):
-        LOSSES["softmax_cross_entropy"](None, (1,))
+        make("softmax_cross_entropy", 1)
     with pytest.raises(ModelFault, match=re.escape("got outputs of shape (2, 3)")):
-        LOSSES["mean_squared_error"](None, (2, 3))
+        LOSSES["mean_squared_error"](options_of("mean_squared_error"), (2, 3))
