@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from protos import job_pb2
 from worker.data.idx import read_idx
 from worker.data.numpy_files import read_npy, read_npz
+from worker.data.parquet import read_parquet, read_parquet_features
 from worker.data.stored_array import StoredArray, check_finite, check_numbers
 from worker.data.table import read_csv, read_csv_features
 from worker.data.targets import as_targets
@@ -71,12 +72,16 @@ def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
 
 
 def open_features(path: str) -> NDArray[Any]:
-    """Features alone, as `predict` takes them: .npy, .npz (array `x`), .csv (every column), or idx, plain or .gz."""
+    """Features alone, as `predict` takes them.
+
+    .npy, .npz (array `x`), .csv and .parquet (every column), or idx, plain or .gz.
+    """
     suffix = path[path.rfind(".") :].lower()
     readers: dict[str, Callable[[str], StoredArray]] = {
         ".npy": read_npy,
         ".npz": lambda path: read_npz(path, "x")[0],
         ".csv": read_csv_features,
+        ".parquet": read_parquet_features,
     }
     array = readers.get(suffix, read_idx)(path)
     _check_features(array)
@@ -120,10 +125,15 @@ def _open_csv(source: job_pb2.CsvSource) -> tuple[StoredArray, StoredArray]:
     return read_csv(source.path, source.target)
 
 
+def _open_parquet(source: job_pb2.ParquetSource) -> tuple[StoredArray, StoredArray]:
+    return read_parquet(source.path, source.target)
+
+
 OPENERS: dict[str, Callable[[Any], tuple[StoredArray, StoredArray]]] = {
     "built_in": _open_built_in,
     "idx": _open_idx,
     "npz": _open_npz,
     "npy": _open_npy,
     "csv": _open_csv,
+    "parquet": _open_parquet,
 }
