@@ -47,5 +47,5 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
     model = Model(job.model, job.loss, train.sample_shape)
     for dataset in (train, validation):
         if dataset is not None:
-            model.check_targets(dataset.targets, dataset.place)
+            model.check_targets(dataset.targets_to_check, dataset.place)
     return Prepared(train, validation, make_preprocessing(job.data, train), model)
