@@ -26,7 +26,7 @@ test-oracle: $(PEERS)/test-tools  ## the tests that compare with PyTorch
 
 check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/ruff format --check .
-	@$(BIN)/ruff check .
+	@$(BIN)/ruff check --no-cache .
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint

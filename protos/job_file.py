@@ -5,7 +5,8 @@ Rules of this file:
 - Every fault of a file is found in one reading: the tree is walked against the schema first, json_format is given only
   what is known good, and the rules are checked on that. A rule that is broken only because something faulty was left
   out is not reported beside the fault.
-- Where a message with options is expected, a bare word stands for that option with its defaults.
+- Where a message with options is expected, a bare word stands for that option with its defaults; where a list of
+  numbers or words is expected, one of them stands for a list of one (`kernel: 3`).
 """
 
 from __future__ import annotations
@@ -250,6 +251,8 @@ class _Reading:
     def elements(self, field: FieldDescriptor, tree: Tree, place: str) -> Any:
         if tree is None:
             return _NO_VALUE
+        if isinstance(tree, str) and field.message_type is None:
+            tree = [tree]
         if not isinstance(tree, list):
             return self.fault(place, f"holds {_kind(tree)} where a list is expected")
         # A faulty message leaves an empty one behind, so that the entries after it keep their numbers.

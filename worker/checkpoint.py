@@ -128,8 +128,10 @@ def read_checkpoint(path: Path) -> Checkpoint:
             parameters=parameters,
             state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
         )
-    except (KeyError, ValueError) as error:
-        raise CheckpointFault(f"{path}: is not a checkpoint of Paceline: {error}") from error
+    except KeyError as error:
+        raise CheckpointFault(f"{path}: {error.args[0]} is missing: this is not a checkpoint") from error
+    except (TypeError, ValueError) as error:
+        raise CheckpointFault(f"{path}: its metadata is damaged: {error}") from error
 
 
 def read_safetensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

@@ -10,9 +10,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
-
 from protos import job_pb2
+from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from worker import model_file
 from worker.checkpoint import list_checkpoints, write_atomically
 from worker.errors import OutputFault

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import TextIO
 
 import numpy as np
-from protos.job_file import JobFileInvalid, read_job_file
 
+from protos.job_file import JobFileInvalid, read_job_file
 from worker.checkpoint import write_atomically
 from worker.data.batches import BatchReader
 from worker.data.sources import open_features, open_source

@@ -1,6 +1,7 @@
 """Starts the ranks of a job on this machine through Open MPI's `mpirun`, and ends them.
 
-Rules: `render` is pure and says everything that will be run; `start` runs it and adds nothing. The ranks live in one
+Rules: `render` is pure and says everything that will be run; `start` runs it and adds only scratch folders for MPI,
+which go when the launch has ended, however it ended. The ranks live in one
 session of their own, so that none outlives the launcher: `mpirun` gives each rank its own process group, and leaves
 them behind when it is itself killed. Secrets go by environment, never by argument, since arguments are readable by
 every user of the machine.
@@ -13,6 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,6 +28,7 @@ __all__ = [
     "Launch",
     "LauncherMissing",
     "Running",
+    "Scratch",
     "available_cores",
     "explain",
     "find_mpirun",
@@ -47,6 +50,8 @@ ROOT_ALLOWED = {
 }
 # A rank that waits by spinning would keep the core from the rank it waits for.
 YIELD_WHEN_IDLE = {"OMPI_MCA_mpi_yield_when_idle": "1"}
+
+SHARED_MEMORY = "/dev/shm"
 
 KILL_SECONDS = 5.0  # how long killed processes may take to disappear
 
@@ -110,12 +115,38 @@ def _find(program: str, remedy: str) -> str:
     return str(Path(found).absolute())
 
 
+class Scratch:
+    """Folders for what MPI writes during one launch: mpirun its session, the ranks their shared memory.
+
+    Left to themselves all launches of a user share one session folder, and one that ends can pull it from under one
+    that starts ("The PMIx server's listener thread failed to start"); and a rank killed with SIGKILL leaves its shared
+    memory behind.
+    """
+
+    def __init__(self) -> None:
+        memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
+        # Short names: the sockets inside have at most 108 characters for their whole path.
+        self._session = tempfile.mkdtemp(prefix="paceline-")
+        self._shared_memory = tempfile.mkdtemp(prefix="paceline-", dir=memory)
+        self.environment = {
+            "TMPDIR": self._session,
+            "OMPI_MCA_btl_sm_backing_directory": self._shared_memory,
+            "OMPI_MCA_osc_sm_backing_directory": self._shared_memory,
+        }
+
+    def remove(self) -> None:
+        """When no process of the launch is left to use them; should something stay, it does no harm."""
+        for folder in (self._session, self._shared_memory):
+            shutil.rmtree(folder, ignore_errors=True)
+
+
 class Running:
     """A started launch. Safe to use from several threads."""
 
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], scratch: Scratch) -> None:
         self.pid = process.pid
         self._process = process
+        self._scratch = scratch
         self._exit_code: int | None = None
         self._lock = threading.Lock()
 
@@ -128,6 +159,7 @@ class Running:
             if self._exit_code is None and self._ended():
                 # Not yet reaped, so its id, which is also the session's, cannot have become somebody else's.
                 _kill_session(self.pid)
+                self._scratch.remove()
                 self._exit_code = self._process.wait()
             return self._exit_code
 
@@ -155,16 +187,21 @@ class Running:
 def start(launch: Launch, log_dir: Path) -> Running:
     """Run it in a session of its own; what mpirun itself says goes to log_dir/launcher.log."""
     log_dir.mkdir(parents=True, exist_ok=True)
-    with open(log_dir / LAUNCHER_LOG, "ab") as log:
-        process = subprocess.Popen(
-            launch.argv,
-            env={**os.environ, **launch.environment},
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    return Running(process)
+    scratch = Scratch()
+    try:
+        with open(log_dir / LAUNCHER_LOG, "ab") as log:
+            process = subprocess.Popen(
+                launch.argv,
+                env={**os.environ, **scratch.environment, **launch.environment},
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+    except OSError:
+        scratch.remove()
+        raise
+    return Running(process, scratch)
 
 
 def _kill_session(session: int) -> None:

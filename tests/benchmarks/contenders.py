@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from coordinator.launchers.local import available_cores, find_mpirun, find_worker, render
+from coordinator.launchers.local import Scratch, available_cores, find_mpirun, find_worker, render
 from tests.benchmarks.cases import LEARNING_RATE, Case
 from tests.benchmarks.data_set import DataFiles
 from tests.benchmarks.measurement import BenchmarkFailed, Command, Measurement, read_measurement, run_command
@@ -71,7 +71,7 @@ def paceline(ranks: int, sync: str) -> Callable[[Run], Measurement]:
         job_file, output = run.folder / "job.json", run.folder / "output"
         job_file.write_text(json.dumps(job(run, ranks, sync)))
         arguments = ("train", str(job_file), "-o", str(output))
-        command = Command((find_worker(), *arguments), {})
+        command, scratch = Command((find_worker(), *arguments), {}), None
         if ranks > 1:
             launch = render(
                 mpirun=find_mpirun(),
@@ -81,8 +81,13 @@ def paceline(ranks: int, sync: str) -> Callable[[Run], Measurement]:
                 arguments=arguments,
                 forwarded={},
             )
-            command = Command(launch.argv, launch.environment)
-        run_command(command, run.folder)
+            scratch = Scratch()
+            command = Command(launch.argv, {**launch.environment, **scratch.environment})
+        try:
+            run_command(command, run.folder)
+        finally:
+            if scratch is not None:
+                scratch.remove()
         return read_measurement(json.loads((output / "summary.json").read_text()), run.case.units[-1])
 
     return measure

@@ -112,9 +112,17 @@ def test_aliases_may_repeat_a_part() -> None:
     assert [layer.dense.units for layer in parse_job(text).model] == [4, 4, 10]
 
 
+def test_one_number_stands_for_a_list_of_one() -> None:
+    text = minimal_with("model: [conv2d: {filters: 4, kernel: 3, stride: [2, 1]}]")
+    assert [[*layer.conv2d.kernel, *layer.conv2d.stride] for layer in parse_job(text).model] == [[3, 2, 1]]
+    assert parse_job(to_yaml(parse_job(text))) == parse_job(text)
+    with pytest.raises(JobFileInvalid, match=re.escape("model[0].conv2d.kernel[0]: 'big' is not a whole number")):
+        parse_job(minimal_with("model: [conv2d: {filters: 4, kernel: big}]"))
+
+
 def test_the_resolved_job_reads_like_a_job_file() -> None:
     text = to_yaml(parse_job(MINIMAL))
-    assert "- dense: {units: 10}\n" in text
+    assert "- dense: {units: 10, bias: true}\n" in text
     assert "loss: softmax_cross_entropy\n" in text
     assert "sync: all_reduce\n" in text
     assert "training: {epochs: 10, batch_size: 32, seed: 0, keep_checkpoints: 2}\n" in text
@@ -212,7 +220,7 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
     """
     assert faults(text) == [
         "model[0].dense.units: 'many' is not a whole number",
-        "model[2].dense.unit: is unknown; known here: units; did you mean units?",
+        "model[2].dense.unit: is unknown; known here: units, bias; did you mean units?",
         "training.epochs: 3.5 is not a whole number",
         "optimizer.adam.learning_rate: -1 is not above 0",
         "loss.softmax_cross_entropy: takes logits: remove the softmax layer at model[3]",
@@ -231,7 +239,7 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
         ("model: dense", "model: holds a word where a list is expected"),
         ("model: []", "model: is required: at least one of dense, .*"),
         ("model: [dense]", "model[0].dense.units: is required"),
-        ("model: [dense: 5]", "model[0].dense: holds a word where a mapping of these is expected: units"),
+        ("model: [dense: 5]", "model[0].dense: holds a word where a mapping of these is expected: units, bias"),
         ("model: [relu: {alpha: 1}]", "model[0].relu.alpha: is unknown; known here: nothing, it has no settings"),
         ("data: digits", "data: holds a word where a mapping of these is expected: train, .*"),
         ("data: {train: built_in}", "data.train.built_in: needs a value, one of: digits"),

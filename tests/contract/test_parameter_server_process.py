@@ -58,7 +58,11 @@ assert "mpi4py" not in sys.modules
 
 def save_start(path: Path, tensors: dict[str, np.ndarray] | None = None, **metadata: str) -> Path:
     tensors = tensors or {"parameters": np.arange(COUNT, dtype=np.float32)}
-    save_file(tensors, path, {"step": "0", "layout_digest": DIGEST, "decayed": "[[0, 8]]"} | metadata)
+    save_file(
+        tensors,
+        path,
+        {"step": "0", "epoch": "0", "samples": "0", "layout_digest": DIGEST, "decayed": "[[0, 8]]"} | metadata,
+    )
     return path
 
 
@@ -247,10 +251,10 @@ def test_a_start_file_that_does_not_fit_is_named(
 def test_a_start_file_that_is_no_checkpoint_is_named(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "start.safetensors"
     path.write_bytes(content)
-    with pytest.raises(CheckpointFault, match=r"start\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointFault, match=r"start\.safetensors: is damaged"):
         load_shard(path, MOMENTUM, 1, 1)
 
 
 def test_a_start_file_that_is_missing_is_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointFault, match="cannot be read"):
+    with pytest.raises(CheckpointFault, match="is not there"):
         load_shard(tmp_path / "start.safetensors", MOMENTUM, 1, 1)

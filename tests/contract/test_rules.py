@@ -11,6 +11,8 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 from protos import rules
 from protos.job_pb2 import JobSpec, Layer
 
+LAYERS = ", ".join(rules.option_words(rules.schema_of(Layer())))
+
 
 def valid() -> JobSpec:
     spec = JobSpec()
@@ -33,7 +35,7 @@ def test_a_valid_job_breaks_no_rule_resolved_or_not() -> None:
 def test_an_empty_job_lacks_each_required_part_and_says_what_it_takes() -> None:
     assert faults(JobSpec()) == [
         "data: is required",
-        "model: is required: at least one of dense, sigmoid, tanh, relu, leaky_relu, softmax",
+        f"model: is required: at least one of {LAYERS}",
         "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy",
         "optimizer: is required: one of sgd, momentum, adam, adamw",
     ]
@@ -46,7 +48,7 @@ def test_parts_that_name_no_option_list_what_is_allowed() -> None:
     spec.data.train.SetInParent()
     assert faults(spec) == [
         "data.train: names nothing; it takes one of: built_in, idx, npz, npy, csv, parquet, text",
-        "model[1]: names nothing; it takes one of: dense, sigmoid, tanh, relu, leaky_relu, softmax",
+        f"model[1]: names nothing; it takes one of: {LAYERS}",
     ]
 
 

@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -26,6 +27,14 @@ RunRanks = Callable[..., "subprocess.CompletedProcess[str]"]
 def find_mpirun() -> str | None:
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _private_session_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Launches of other programs on this machine share mpirun's session folder unless it is named."""
+    with tempfile.TemporaryDirectory(prefix="pl-") as folder:
+        ENVIRONMENT["TMPDIR"] = folder
+        yield
 
 
 def command_line(ranks: int, argv: Sequence[object]) -> list[str]:

@@ -40,7 +40,8 @@ class BatchReader:
     def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Features (n, *sample_shape) and targets of the samples at `indices`, 0 <= n <= capacity.
 
-        Targets are (n,), (n, k) or, of text, (n, context). Both are views that the next call overwrites. IndexError when an index is outside the data set.
+        Targets are (n,), (n, k) or, of text, (n, context). Both are views that the next call overwrites. IndexError
+        when an index is outside the data set.
         """
         count = len(indices)
         if count > len(self._features):

@@ -13,14 +13,18 @@ import numpy as np
 
 from worker.engine.params import FloatArray, Parameter
 
-RECTIFIERS: Final = frozenset({"relu", "leaky_relu"})
+# The smooth ones among them are drawn for as ReLU is, of which they are blunted forms.
+RECTIFIERS: Final = frozenset({"relu", "leaky_relu", "elu", "gelu", "silu"})
+# What may stand between weights and their rectifier: layers without parameters that only move, pick or average values.
+TRANSPARENT: Final = frozenset({"max_pool2d", "average_pool2d", "global_average_pool", "flatten"})
 
 
 def fill(values: FloatArray, parameter: Parameter, name: str, seed: int, following: str, slope: float = 0.0) -> None:
     """Write the initial values of one parameter in place.
 
-    `name` is the full name ("0.dense.weight"), `following` the kind of the layer behind ("" for none), `slope` that
-    layer's slope for negative inputs. Values are drawn in float32 and then rounded to the type of `values`.
+    `name` is the full name ("0.dense.weight"), `following` the kind of the first layer behind that is not TRANSPARENT
+    ("" for none), `slope` that layer's slope for negative inputs. Values are drawn in float32 and then rounded to the
+    type of `values`.
     """
     if parameter.is_bias:
         values[...] = 0

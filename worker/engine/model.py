@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.initializers import fill
+from worker.engine.initializers import TRANSPARENT, fill
 from worker.engine.layers import LAYERS
 from worker.engine.layers.layer import Layer
 from worker.engine.losses import LOSSES, Loss, Totals
@@ -163,13 +163,14 @@ class Model:
         return activation
 
     def _parameters(self) -> list[tuple[str, Parameter, Placed | None]]:
-        """Every parameter under its full name, with the layer behind its own."""
-        followers = [*self._layers[1:], None]
-        return [
-            (f"{placed.place}.{parameter.name}", parameter, follower)
-            for placed, follower in zip(self._layers, followers, strict=True)
-            for parameter in placed.layer.parameters
-        ]
+        """Every parameter under its full name, with the layer that its values reach first (see TRANSPARENT)."""
+        named: list[tuple[str, Parameter, Placed | None]] = []
+        follower: Placed | None = None
+        for placed in reversed(self._layers):
+            parameters = [(f"{placed.place}.{parameter.name}", parameter) for parameter in placed.layer.parameters]
+            named[:0] = [(name, parameter, follower) for name, parameter in parameters]
+            follower = follower if placed.kind in TRANSPARENT else placed
+        return named
 
 
 def _build(layers: Sequence[job_pb2.Layer], sample_shape: Shape) -> list[Placed]:

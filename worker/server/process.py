@@ -8,7 +8,6 @@ Rules: nothing of MPI is in this process, neither the library nor a rank's envir
 """
 
 import asyncio
-import json
 import os
 import select
 import signal
@@ -25,7 +24,7 @@ import numpy as np
 from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.shard import Shard, ShardSetup
-from worker.wire import Float32, keep_freed_memory
+from worker.wire import keep_freed_memory
 
 START_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 5.0
@@ -37,47 +36,34 @@ PROGRAM = (sys.executable, "-P", "-m", "worker", "serve-parameters")
 
 def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation: int) -> Shard:
     """A shard that holds the parameters and optimizer state of a checkpoint. CheckpointFault names what is amiss."""
-    from safetensors import SafetensorError, safe_open
-
+    from worker.checkpoint import read_checkpoint
     from worker.optimizers import make_optimizer
 
-    try:
-        with safe_open(start_file, framework="numpy") as file:
-            metadata = dict(file.metadata() or {})
-            tensors: dict[str, Float32] = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        step = int(metadata["step"])
-        layout_digest = metadata["layout_digest"]
-        decayed = tuple((int(start), int(stop)) for start, stop in json.loads(metadata["decayed"]))
-        parameters = tensors["parameters"]
-    except (OSError, SafetensorError) as error:
-        raise CheckpointFault(f"{start_file}: cannot be read: {error}") from error
-    except KeyError as error:
-        raise CheckpointFault(f"{start_file}: {error.args[0]} is missing: this is not a checkpoint") from error
-    except (TypeError, ValueError) as error:
-        raise CheckpointFault(f"{start_file}: its metadata is damaged: {error}") from error
-    if parameters.ndim != 1 or parameters.dtype != np.float32 or len(parameters) == 0:
-        raise CheckpointFault(f"{start_file}: parameters is {parameters.dtype} {parameters.shape}, needs float32 (n,)")
+    start = read_checkpoint(start_file)
+    if start.parameters.ndim != 1 or start.parameters.dtype != np.float32 or len(start.parameters) == 0:
+        given = f"{start.parameters.dtype} {start.parameters.shape}"
+        raise CheckpointFault(f"{start_file}: parameters is {given}, needs float32 (n,)")
     optimizer = make_optimizer(spec.optimizer)
-    state = optimizer.init(len(parameters), np.float32)
+    state = optimizer.init(len(start.parameters), np.float32)
     for name in state:
-        saved = tensors.get(f"optimizer.{name}")
+        saved = start.state.get(name)
         if saved is None:
-            if step > 0:
-                raise CheckpointFault(f"{start_file}: optimizer.{name} is missing after step {step}")
+            if start.step > 0:
+                raise CheckpointFault(f"{start_file}: optimizer.{name} is missing after step {start.step}")
             continue
-        if saved.shape != parameters.shape or saved.dtype != np.float32:
-            given, needed = f"{saved.dtype} {saved.shape}", f"float32 {parameters.shape}"
+        if saved.shape != start.parameters.shape or saved.dtype != np.float32:
+            given, needed = f"{saved.dtype} {saved.shape}", f"float32 {start.parameters.shape}"
             raise CheckpointFault(f"{start_file}: optimizer.{name} is {given}, needs {needed}")
         state[name] = saved
     setup = ShardSetup(
-        parameter_count=len(parameters),
-        layout_digest=layout_digest,
+        parameter_count=len(start.parameters),
+        layout_digest=start.layout_digest,
         workers=workers,
         generation=generation,
         mode=spec.sync.parameter_server.mode or "synchronous",
-        decayed=decayed,
+        decayed=tuple(start.decayed),
     )
-    return Shard(setup, optimizer, parameters, state, step)
+    return Shard(setup, optimizer, start.parameters, state, start.step)
 
 
 def serve_parameters(

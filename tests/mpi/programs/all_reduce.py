@@ -7,10 +7,10 @@ workers are a function of the step alone, and each rank sums those that fall to 
 import sys
 
 import numpy as np
-from worker.data.sharding import share
-from worker.optimizers import make_optimizer
 
 from protos import job_pb2
+from worker.data.sharding import share
+from worker.optimizers import make_optimizer
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.world import World
 

@@ -11,20 +11,25 @@ import numpy as np
 import pytest
 
 from protos import job_pb2
+from protos.job_file import parse_job
 from worker.engine.model import Model
 
 LABEL_LOSS = "softmax_cross_entropy"
 
 
 def layer(word: str) -> job_pb2.Layer:
-    """`dense:8`, `relu`, `leaky_relu:0.1`: a layer of a resolved job."""
+    """`dense:8`, `relu`, `leaky_relu:0.1`, `conv2d: {filters: 4, kernel: 3}`: a layer of a resolved job."""
+    if "{" in word:
+        text = f"{{data: {{train: {{built_in: digits}}}}, model: [{word}], loss: mean_squared_error, optimizer: sgd}}"
+        return parse_job(text).model[0]
     kind, _, setting = word.partition(":")
     message = job_pb2.Layer()
     options = getattr(message, kind)
     options.SetInParent()
     if kind == "dense":
         options.units = int(setting)
-    if kind == "leaky_relu":
+        options.bias = True
+    if kind in ("leaky_relu", "elu"):
         options.alpha = float(setting or 0.01)
     return message
 

@@ -10,13 +10,15 @@ from hypothesis import strategies as st
 from worker.engine.layers import LAYERS
 from worker.engine.losses import LOSSES
 
-ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu:0.3", "leaky_relu:0", "softmax"]
+SMOOTH = ["gelu", "silu", "elu:1", "elu:0.4", "softplus"]
+ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu:0.3", "leaky_relu:0", "softmax", *SMOOTH]
+IMAGES = ["conv2d", "max_pool2d", "average_pool2d", "global_average_pool"]  # in test_image_layers.py
 SIZES = st.integers(1, 7)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
 def test_every_layer_of_the_table_is_checked_here():
-    assert {"dense", *(word.split(":")[0] for word in ACTIVATIONS)} == set(LAYERS)
+    assert {"dense", "flatten", *(word.split(":")[0] for word in ACTIVATIONS), *IMAGES} == set(LAYERS)
 
 
 @pytest.mark.parametrize("loss", LOSSES)
@@ -37,7 +39,7 @@ def test_gradient_equals_the_difference_for_every_activation_and_loss(
     assert made.gradient @ direction == pytest.approx(numeric, rel=2e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu:0.3", "softmax"])
+@pytest.mark.parametrize("activation", ["sigmoid", "tanh", "relu", "leaky_relu:0.3", "softmax", *SMOOTH])
 @settings(max_examples=12, deadline=None)
 @given(samples=SIZES, units=SIZES, seed=SEEDS)
 def test_gradient_through_an_activation_at_the_output_equals_the_difference(
@@ -52,7 +54,7 @@ def test_gradient_through_an_activation_at_the_output_equals_the_difference(
     assert made.gradient @ direction == pytest.approx(numeric, rel=2e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("word", ["dense:5", *ACTIVATIONS])
+@pytest.mark.parametrize("word", ["dense:5", "dense: {units: 5, bias: false}", "flatten", *ACTIVATIONS])
 @settings(max_examples=15, deadline=None)
 @given(samples=SIZES, shape=st.lists(SIZES, min_size=1, max_size=3), seed=SEEDS)
 def test_input_gradient_of_each_layer_equals_the_difference(engine, difference, word, samples, shape, seed):

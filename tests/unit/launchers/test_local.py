@@ -164,3 +164,17 @@ def test_terminating_what_has_ended_gives_its_exit_code(launched):
     running, _ = launched("")
     assert running.wait(WAIT_SECONDS) == 0
     assert running.terminate(1.0) == 0
+
+
+def test_what_mpi_wrote_goes_with_the_launch_even_when_its_ranks_were_killed(launched) -> None:
+    running, logs = launched("""
+        from mpi4py import MPI
+        window = MPI.Win.Allocate_shared(4096, 1, comm=MPI.COMM_WORLD.Split_type(MPI.COMM_TYPE_SHARED))
+        print(*(os.environ[name] for name in ("TMPDIR", "OMPI_MCA_osc_sm_backing_directory")), flush=True)
+        time.sleep(60)
+    """)
+    folders = {Path(word) for line in wait_for_lines(logs / "launcher.log", 2) for word in line.split()}
+    assert len(folders) == 2
+    assert all(any(folder.iterdir()) for folder in folders), "MPI did not use them"
+    assert running.terminate(0) != 0
+    assert not any(folder.exists() for folder in folders)

@@ -5,9 +5,13 @@ A new layer is a message in job.proto, a class that keeps to layer.py, and a lin
 
 from typing import Final
 
+from worker.engine.layers.conv2d import Conv2d
 from worker.engine.layers.dense import Dense
-from worker.engine.layers.elementwise import LeakyRelu, Relu, Sigmoid, Tanh
+from worker.engine.layers.elementwise import Elu, LeakyRelu, Relu, Sigmoid, Softplus, Tanh
+from worker.engine.layers.flatten import Flatten
+from worker.engine.layers.gated import Gelu, Silu
 from worker.engine.layers.layer import Layer
+from worker.engine.layers.pooling import AveragePool2d, GlobalAveragePool, MaxPool2d
 from worker.engine.layers.softmax import Softmax
 
 LAYERS: Final[dict[str, type[Layer]]] = {
@@ -17,4 +21,13 @@ LAYERS: Final[dict[str, type[Layer]]] = {
     "relu": Relu,
     "leaky_relu": LeakyRelu,
     "softmax": Softmax,
+    "conv2d": Conv2d,
+    "max_pool2d": MaxPool2d,
+    "average_pool2d": AveragePool2d,
+    "global_average_pool": GlobalAveragePool,
+    "flatten": Flatten,
+    "gelu": Gelu,
+    "silu": Silu,
+    "elu": Elu,
+    "softplus": Softplus,
 }

@@ -16,32 +16,34 @@ class Dense:
     """z^[l] = W^[l] a^[l-1] + b^[l] (seed document, forward pass).
 
     The document writes a sample as a column; here a batch holds a sample in each row, so with the weight stored as
-    (in, out), the transpose of the document's W, the same equation reads Y = X W + b.
+    (in, out), the transpose of the document's W, the same equation reads Y = X W + b. Without a bias b is 0.
     """
 
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 
     def __init__(self, options: job_pb2.DenseLayer, input_shape: Shape) -> None:
-        """ModelFault when there is nothing to multiply: no units, or samples without values."""
+        """ModelFault when there is nothing to multiply (no units, samples without values) or the job is unresolved."""
         self.inputs = math.prod(input_shape)
         self.units = options.units
         if self.units < 1:
             raise ModelFault(f"units: {self.units} is not at least 1")
         if self.inputs < 1:
             raise ModelFault(f"got samples of shape {input_shape}, which hold no values; needs at least one")
+        if not options.HasField("bias"):
+            raise ModelFault("bias: is absent, a resolved job has it")
         self.input_shape = input_shape
         self.output_shape: Shape = (self.units,)
-        self.parameters: tuple[Parameter, ...] = (
-            Parameter("weight", (self.inputs, self.units), fan_in=self.inputs, fan_out=self.units),
-            Parameter("bias", (self.units,), fan_in=0, fan_out=0),
-        )
+        weight = Parameter("weight", (self.inputs, self.units), fan_in=self.inputs, fan_out=self.units)
+        bias = Parameter("bias", (self.units,), fan_in=0, fan_out=0)
+        self.has_bias = options.bias
+        self.parameters: tuple[Parameter, ...] = (weight, bias) if self.has_bias else (weight,)
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
-        """Take views: weight (in, out), bias (out,), and the gradients alike."""
-        self.weight, self.bias = values
+        """Take views: weight (in, out), bias (out,) if there is one, and the gradients alike."""
+        self.weight, *self.bias = values
         if gradients:
-            self.d_weight, self.d_bias = gradients
+            self.d_weight, *self.d_bias = gradients
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output (n, out) and the gradient of the input (n, in), the latter only touched when asked for."""
@@ -54,7 +56,8 @@ class Dense:
         self.x = x.reshape(len(x), self.inputs)
         y = self.y[: len(x)]
         np.matmul(self.x, self.weight, out=y)
-        np.add(y, self.bias, out=y)
+        for bias in self.bias:
+            np.add(y, bias, out=y)
         return y
 
     def backward_parameters(self, dy: FloatArray) -> None:
@@ -64,7 +67,8 @@ class Dense:
         the column sums of dY. The sums are a product with ones, which BLAS does in half the time of a reduction.
         """
         np.matmul(self.x.T, dy, out=self.d_weight)
-        np.dot(self.ones[: len(dy)], dy, out=self.d_bias)
+        for d_bias in self.d_bias:
+            np.dot(self.ones[: len(dy)], dy, out=d_bias)
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """The factor (W^[l+1])^T delta^[l+1] of the seed document's delta^[l].

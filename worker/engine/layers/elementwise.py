@@ -1,4 +1,4 @@
-"""Activations a = f(z) that act on each element alone: sigmoid, tanh, ReLU, leaky ReLU.
+"""Activations a = f(z) that act on each element alone: sigmoid, tanh, ReLU, leaky ReLU, ELU, softplus.
 
 Rules: each takes samples of any shape, trains nothing, and works in place where it may. Every derivative f'(z) is
 written in terms of the output f(z), so z need not be kept; backward is the element-wise factor of the seed document's
@@ -18,7 +18,7 @@ from worker.errors import ModelFault
 
 
 class Elementwise:
-    """What the four share: shapes stay, nothing is trained, one output buffer unless working in place."""
+    """What they share: shapes stay, nothing is trained, one output buffer unless working in place."""
 
     reads_output: ClassVar[bool] = True
     works_in_place: ClassVar[bool] = True
@@ -136,3 +136,75 @@ class LeakyRelu(Elementwise):
         np.greater(self.y, 0, out=factor)
         np.maximum(factor, self.alphas, out=factor)
         return np.multiply(dy, factor, out=dy)
+
+
+class Elu(Elementwise):
+    """f(x) = x if x > 0 else alpha (e^x - 1). (Clevert et al. 2016, equation 15.)"""
+
+    def __init__(self, options: job_pb2.EluLayer, input_shape: Shape) -> None:
+        """ModelFault when alpha is absent: read as 0 it would quietly make this a ReLU."""
+        super().__init__(options, input_shape)
+        if not options.HasField("alpha"):
+            raise ModelFault("alpha: is absent, a resolved job has it")
+        self.alpha = options.alpha
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """Also a row of zeros, as ReLU has one, and where f is positive."""
+        super().reserve(batch_size, dtype, in_place)
+        self.zeros = np.zeros(self.output_shape, dtype)
+        self.positive = np.empty((batch_size, *self.output_shape), np.bool_)
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """max(x, 0) + alpha (e^min(x, 0) - 1): one of the two terms is 0, and no e^x overflows."""
+        negative = self.scratch[: len(x)]
+        np.minimum(x, self.zeros, out=negative)
+        np.expm1(negative, out=negative)
+        np.multiply(negative, self.alpha, out=negative)
+        y = self.take_output(x)
+        np.maximum(x, self.zeros, out=y)
+        return np.add(y, negative, out=y)
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """f' = 1 if x > 0 else f + alpha, and x > 0 exactly where f(x) > 0.
+
+        Below zero f' = alpha e^x = alpha (e^x - 1) + alpha = f + alpha. min(f, 0) + alpha is that; where f > 0 it is
+        alpha, which is right for the usual alpha = 1 and put right for others.
+        """
+        factor, positive = self.scratch[: len(dy)], self.positive[: len(dy)]
+        np.minimum(self.y, self.zeros, out=factor)
+        np.add(factor, self.alpha, out=factor)
+        if self.alpha != 1:
+            np.greater(self.y, 0, out=positive)
+            np.copyto(factor, 1, where=positive)
+        return np.multiply(dy, factor, out=dy)
+
+
+class Softplus(Elementwise):
+    """f(x) = log(1 + e^x). (Dugas et al. 2001.)"""
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """Also a row of zeros, as ReLU has one."""
+        super().reserve(batch_size, dtype, in_place)
+        self.zeros = np.zeros(self.output_shape, dtype)
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """max(x, 0) + log(1 + e^-|x|): for x > 0, log(1 + e^x) = x + log(e^-x + 1), and no e^x overflows."""
+        rest = self.scratch[: len(x)]
+        np.abs(x, out=rest)
+        np.negative(rest, out=rest)
+        np.exp(rest, out=rest)
+        np.log1p(rest, out=rest)
+        y = self.take_output(x)
+        np.maximum(x, self.zeros, out=y)
+        return np.add(y, rest, out=y)
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """f' = 1 - e^-f.
+
+        f' = e^x / (1 + e^x) = 1 - 1 / (1 + e^x), and 1 + e^x = e^f.
+        """
+        factor = self.scratch[: len(dy)]
+        np.negative(self.y, out=factor)
+        np.expm1(factor, out=factor)
+        np.multiply(dy, factor, out=dy)
+        return np.negative(dy, out=dy)

@@ -1,0 +1,160 @@
+"""Two-dimensional convolution of images, as matrix products over slices that stay in cache.
+
+Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
+worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
+cache; every buffer is made in `reserve`.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import ClassVar, Final, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from protos import job_pb2
+from worker.engine.layers.window import slide
+from worker.engine.params import FloatArray, Parameter, Shape
+from worker.errors import ModelFault
+
+# What one slice unfolds to: an L2 of today. Smaller slices pay for more calls, a whole batch is a third slower.
+SLICE_BYTES: Final = 1024 * 1024
+# Windows of fewer values a row than this are unfolded value by value: runs along the image are longer than theirs.
+SHORT_RUN: Final = 16
+
+
+class Block(NamedTuple):
+    """Part of a batch: some images, or some rows of output of one image."""
+
+    images: slice
+    rows: slice
+
+
+class Conv2d:
+    """y_pqf = b_f + sum over i, j, c of x_(p s + i)(q s + j)c W_ijcf, x as padded.
+
+    The sum is one matrix product Y = U W + b: U (windows, kernel height * kernel width * channels) has in each row what
+    one window sees, and the weight, read as a matrix (the same, filters), lies in memory as it must. (Chellapilla et
+    al. 2006; known as im2col.)
+    """
+
+    reads_output: ClassVar[bool] = False
+    works_in_place: ClassVar[bool] = False
+
+    def __init__(self, options: job_pb2.Conv2dLayer, input_shape: Shape) -> None:
+        """ModelFault where samples are no images, or the kernel does not fit them."""
+        self.windows = slide(input_shape, "kernel", options.kernel, options.stride or (1,), options.padding)
+        self.filters = options.filters
+        if self.filters < 1:
+            raise ModelFault(f"filters: {self.filters} is not at least 1")
+        if not options.HasField("bias"):
+            raise ModelFault("bias: is absent, a resolved job has it")
+        down, across, channels = self.windows
+        self.input_shape = input_shape
+        self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
+        area = down.window * across.window
+        self.seen_values = area * channels
+        shape = (down.window, across.window, channels, self.filters)
+        weight = Parameter("weight", shape, fan_in=self.seen_values, fan_out=area * self.filters)
+        bias = Parameter("bias", (self.filters,), fan_in=0, fan_out=0)
+        self.parameters: tuple[Parameter, ...] = (weight, bias) if options.bias else (weight,)
+
+    def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
+        """Take views: weight (kernel height, kernel width, channels, filters), bias (filters,) if there is one."""
+        self.weight, *self.bias = values
+        if gradients:
+            self.d_weight, *self.d_bias = gradients
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
+        rows, columns, _ = self.output_shape
+        row_bytes = columns * self.seen_values * np.dtype(dtype).itemsize
+        self.slice_rows = min(max(SLICE_BYTES // row_bytes, 1), rows)
+        self.slice_images = min(max(SLICE_BYTES // (row_bytes * rows), 1), max(batch_size, 1))
+        self.y = np.empty((batch_size, *self.output_shape), dtype)
+        self.dx = np.empty((batch_size, *self.input_shape), dtype)
+        # What surrounds the image is written here, once, and stays 0.
+        self.padded = np.zeros((self.slice_images, *self.windows.padded_shape), dtype)
+        self.d_padded = np.empty_like(self.padded)
+        self.seen = self.windows.seen(self.padded)
+        windows = self.slice_images * self.slice_rows * columns
+        self.unfolded = np.empty(windows * self.seen_values, dtype)
+        self.d_seen = np.empty(windows * self.windows.channels, dtype)
+        self.d_weight_part = np.empty((self.seen_values, self.filters), dtype)
+        self.d_bias_part = np.empty(self.filters, dtype)
+        self.ones = np.ones(windows, dtype)
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """x (n, height, width, channels) -> (n, rows, columns, filters)."""
+        self.x = x
+        weight = self.weight.reshape(self.seen_values, self.filters)
+        for block in self._blocks(len(x)):
+            y = self._matrix(self.y, block)
+            np.matmul(self._unfold(block), weight, out=y)
+            for bias in self.bias:
+                np.add(y, bias, out=y)
+        return self.y[: len(x)]
+
+    def backward_parameters(self, dy: FloatArray) -> None:
+        """dL/dW_ijcf = sum over windows p, q of x_(p s + i)(q s + j)c dL/dy_pqf, dL/db_f = sum of dL/dy_pqf.
+
+        dy_pqf/dW_ijcf is the value that stands at place i, j, c of window p, q: U^T dY. U is unfolded again, which
+        costs less than keeping it: the whole batch's would not stay in the cache.
+        """
+        d_weight = self.d_weight.reshape(self.seen_values, self.filters)
+        d_weight[...] = 0
+        for d_bias in self.d_bias:
+            d_bias[...] = 0
+        for block in self._blocks(len(dy)):
+            d_block = self._matrix(dy, block)
+            np.matmul(self._unfold(block).T, d_block, out=self.d_weight_part)
+            np.add(d_weight, self.d_weight_part, out=d_weight)
+            for d_bias in self.d_bias:
+                np.dot(self.ones[: len(d_block)], d_block, out=self.d_bias_part)
+                np.add(d_bias, self.d_bias_part, out=d_bias)
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx_uvc = sum over all p, q, i, j with p s + i = u and q s + j = v of sum over f of W_ijcf dL/dy_pqf.
+
+        For one place i, j of the kernel that is dY W_ij^T, added to every s-th pixel from i, j on: as many products as
+        the kernel has places, each added while it is in cache, in runs as long as a row of the image.
+        """
+        for block in self._blocks(len(dy)):
+            images = block.images.stop - block.images.start
+            d_padded = self.d_padded[:images]
+            if block.rows.start == 0:
+                d_padded[...] = 0
+            d_block = self._matrix(dy, block)
+            shape = (images, block.rows.stop - block.rows.start, self.output_shape[1], self.windows.channels)
+            d_seen = self.d_seen[: len(d_block) * self.windows.channels].reshape(len(d_block), self.windows.channels)
+            for i, j in self.windows.positions:
+                np.matmul(d_block, self.weight[i, j].T, out=d_seen)
+                target = self.windows.at(d_padded, i, j)[:, block.rows]
+                np.add(target, d_seen.reshape(shape), out=target)
+            if block.rows.stop == self.output_shape[0]:
+                self.dx[block.images] = self.windows.inside(d_padded)
+        return self.dx[: len(dy)]
+
+    def _blocks(self, samples: int) -> Iterator[Block]:
+        """The batch cut into slices; several images only where whole images fit."""
+        rows = self.output_shape[0]
+        for first in range(0, samples, self.slice_images):
+            images = slice(first, min(first + self.slice_images, samples))
+            for top in range(0, rows, self.slice_rows):
+                yield Block(images, slice(top, min(top + self.slice_rows, rows)))
+
+    def _matrix(self, maps: FloatArray, block: Block) -> FloatArray:
+        """A block of (n, rows, columns, filters) as a matrix (windows, filters), a view."""
+        return maps[block.images, block.rows].reshape(-1, self.filters)
+
+    def _unfold(self, block: Block) -> FloatArray:
+        """U of a block: what each window sees, (windows, kernel height * kernel width * channels)."""
+        images = block.images.stop - block.images.start
+        if block.rows.start == 0:
+            self.windows.inside(self.padded[:images])[...] = self.x[block.images]
+        seen = self.seen[:images, block.rows]
+        values = self.unfolded[: seen.size]
+        if seen.shape[4] * seen.shape[5] < SHORT_RUN:
+            np.copyto(values.reshape(*seen.shape[3:], *seen.shape[:3]), seen.transpose(3, 4, 5, 0, 1, 2))
+            return values.reshape(self.seen_values, -1).T
+        np.copyto(values.reshape(seen.shape), seen)
+        return values.reshape(-1, self.seen_values)

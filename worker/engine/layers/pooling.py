@@ -1,0 +1,176 @@
+"""Pooling: the largest value or the mean of each window of an image, or the mean of the whole image.
+
+Rules: channels never mix, nothing is trained. What windows see is taken place by place (i, j), all windows of a slice
+of images at once, so that an operation runs over long rows and a slice stays in cache. Where windows reach over the
+edge (padding `same`) they see only what is inside.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any, ClassVar, Final
+
+import numpy as np
+import numpy.typing as npt
+
+from worker.engine.layers.window import require_image, slide
+from worker.engine.params import FloatArray, Parameter, Shape
+
+# Images of a slice, with what surrounds them: their windows and gradients are of the same size or smaller.
+SLICE_BYTES: Final = 512 * 1024
+
+
+class Untrained:
+    """What the three share."""
+
+    works_in_place: ClassVar[bool] = False
+    parameters: tuple[Parameter, ...] = ()
+
+    def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
+        """Nothing to attach."""
+
+    def backward_parameters(self, dy: FloatArray) -> None:
+        """Nothing is trained."""
+
+
+class WindowPool(Untrained):
+    """What the two with windows share: shapes, and slices of images with the value `outside` around them."""
+
+    outside: ClassVar[float]  # what a window may see without changing its result
+
+    def __init__(self, options: Any, input_shape: Shape) -> None:
+        """ModelFault where samples are no images, or the window does not fit them."""
+        stride = options.stride or options.size
+        self.windows = slide(input_shape, "size", options.size, stride, options.padding)
+        self.output_shape: Shape = (self.windows.down.outputs, self.windows.across.outputs, input_shape[2])
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
+        padded = self.windows.padded_shape
+        image_bytes = padded[0] * padded[1] * padded[2] * np.dtype(dtype).itemsize
+        self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
+        self.y = np.empty((batch_size, *self.output_shape), dtype)
+        self.dx = np.empty((batch_size, self.windows.down.size, self.windows.across.size, self.windows.channels), dtype)
+        self.padded = np.full((self.slice_images, *padded), self.outside, dtype)
+        self.d_padded = np.empty_like(self.padded)
+        self.part = np.empty((self.slice_images, *self.output_shape), dtype)
+        self.largest = np.empty(self.part.shape, np.bool_)
+
+    def slices(self, samples: int) -> Iterator[slice]:
+        """The batch cut into slices."""
+        for first in range(0, samples, self.slice_images):
+            yield slice(first, min(first + self.slice_images, samples))
+
+    def surround(self, x: FloatArray) -> FloatArray:
+        """x with what `same` adds around it; x itself where that is nothing."""
+        if not self.windows.is_padded:
+            return x
+        padded = self.padded[: len(x)]
+        self.windows.inside(padded)[...] = x
+        return padded
+
+
+class MaxPool2d(WindowPool):
+    """y = the largest value that a window sees."""
+
+    reads_output: ClassVar[bool] = True
+    outside: ClassVar[float] = -np.inf
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """x (n, height, width, channels) -> (n, rows, columns, channels)."""
+        self.x = x
+        for images in self.slices(len(x)):
+            padded, y = self.surround(x[images]), self.y[images]
+            np.copyto(y, self.windows.at(padded, 0, 0))
+            for place in self.windows.positions[1:]:
+                np.maximum(y, self.windows.at(padded, *place), out=y)
+        return self.y[: len(x)]
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx = sum of dL/dy over the windows that x is the largest value of.
+
+        y = x_ij for the place i, j of the largest, so dy/dx is 1 there and 0 elsewhere. Of equal values the first takes
+        all, as in PyTorch: what it took is no longer there for those behind it.
+        """
+        for images in self.slices(len(dy)):
+            padded, y, rest = self.surround(self.x[images]), self.y[images], dy[images]
+            d_padded, part, largest = self.d_padded[: len(y)], self.part[: len(y)], self.largest[: len(y)]
+            d_padded[...] = 0
+            for place in self.windows.positions:
+                np.equal(self.windows.at(padded, *place), y, out=largest)
+                np.multiply(largest, rest, out=part)
+                np.subtract(rest, part, out=rest)
+                target = self.windows.at(d_padded, *place)
+                np.add(target, part, out=target)
+            self.dx[images] = self.windows.inside(d_padded)
+        return self.dx[: len(dy)]
+
+
+class AveragePool2d(WindowPool):
+    """y = the mean of what a window sees; pixels outside the image are not counted."""
+
+    reads_output: ClassVar[bool] = False
+    outside: ClassVar[float] = 0.0
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """Also one over the number of pixels each window sees."""
+        super().reserve(batch_size, dtype, in_place)
+        ones = np.zeros((1, *self.windows.padded_shape))
+        self.windows.inside(ones)[...] = 1
+        counts = np.add.reduce([self.windows.at(ones, *place)[0] for place in self.windows.positions])
+        self.shares = np.asarray(1 / counts, dtype)
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """x (n, height, width, channels) -> (n, rows, columns, channels)."""
+        for images in self.slices(len(x)):
+            padded, y = self.surround(x[images]), self.y[images]
+            np.copyto(y, self.windows.at(padded, 0, 0))
+            for place in self.windows.positions[1:]:
+                np.add(y, self.windows.at(padded, *place), out=y)
+            np.multiply(y, self.shares, out=y)
+        return self.y[: len(x)]
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx = sum of dL/dy / k over the windows that see x, k the pixels each of them sees.
+
+        y = (x_1 + ... + x_k) / k, so dy/dx is 1/k for each of them.
+        """
+        for images in self.slices(len(dy)):
+            part = self.part[: len(dy[images])]
+            d_padded = self.d_padded[: len(part)]
+            d_padded[...] = 0
+            np.multiply(dy[images], self.shares, out=part)
+            for place in self.windows.positions:
+                target = self.windows.at(d_padded, *place)
+                np.add(target, part, out=target)
+            self.dx[images] = self.windows.inside(d_padded)
+        return self.dx[: len(dy)]
+
+
+class GlobalAveragePool(Untrained):
+    """y_c = the mean of channel c over the whole image: (height, width, channels) becomes (channels,)."""
+
+    reads_output: ClassVar[bool] = False
+
+    def __init__(self, options: Any, input_shape: Shape) -> None:
+        """ModelFault where samples are no images."""
+        require_image(input_shape)
+        self.input_shape = input_shape
+        self.pixels = input_shape[0] * input_shape[1]
+        self.output_shape: Shape = (input_shape[2],)
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """The output and the gradient of the input, the latter only touched when asked for."""
+        self.y = np.empty((batch_size, *self.output_shape), dtype)
+        self.dx = np.empty((batch_size, *self.input_shape), dtype)
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """x (n, height, width, channels) -> (n, channels)."""
+        y = self.y[: len(x)]
+        np.add.reduce(x.reshape(len(x), self.pixels, *self.output_shape), axis=1, out=y)
+        return np.divide(y, self.pixels, out=y)
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx_uvc = dL/dy_c / k for each of the k pixels: y_c = (x_1c + ... + x_kc) / k."""
+        dx = self.dx[: len(dy)]
+        np.divide(dy, self.pixels, out=dy)
+        dx[...] = dy[:, None, None, :]
+        return dx
