@@ -18,6 +18,7 @@ from typing import Any
 from protos import job_pb2
 from worker.data.batches import BatchReader
 from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
+from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault
 from worker.evaluation import Evaluator
 from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report
@@ -97,7 +98,7 @@ def train(
             meter.start_step()
             features, targets = reader.take(order[low:high])
             meter.lap("data")
-            sums = model.forward(features, targets)
+            sums = model.forward(features, targets, Moment(seed, step, low - first))
             meter.lap("forward")
             model.backward()
             meter.lap("backward")

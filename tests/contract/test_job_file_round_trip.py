@@ -20,10 +20,10 @@ TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
-def valid_value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
+def valid_value(field: FieldDescriptor, above: tuple[Descriptor, ...]) -> st.SearchStrategy[Any]:
     rule = rules.rule_of(field)
     if field.message_type is not None:
-        return valid_message(field.message_type)
+        return valid_message(field.message_type, above)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
         return (
             st.sampled_from(list(rule.one_of)) if rule.one_of else TEXT.filter(lambda text: text or not rule.required)
@@ -38,22 +38,25 @@ def valid_value(field: FieldDescriptor) -> st.SearchStrategy[Any]:
     return st.integers(math.ceil(max(low, -(2.0**width))), min(int(high), 2**width - 1))
 
 
-def valid_message(descriptor: Descriptor) -> st.SearchStrategy[dict[str, Any]]:
-    """Dicts as json_format takes them."""
+def valid_message(descriptor: Descriptor, above: tuple[Descriptor, ...] = ()) -> st.SearchStrategy[dict[str, Any]]:
+    """Dicts as json_format takes them. Layers hold layers: within one, those that do are left out."""
     words = rules.option_words(descriptor)
+    open_words = [word for word in words if descriptor.fields_by_name[word].message_type not in above]
+    above = (*above, descriptor)
     entries: dict[str, st.SearchStrategy[Any]] = {}
     optional: dict[str, st.SearchStrategy[Any]] = {}
     for field in descriptor.fields:
         if field.name in words:
             continue
-        value = valid_value(field)
+        value = valid_value(field, above)
         if field.is_repeated:
             value = st.lists(value, min_size=1, max_size=4)
         (entries if rules.rule_of(field).required else optional)[field.name] = value
     plain = st.fixed_dictionaries(entries, optional=optional)
     if not words:
         return plain
-    chosen = st.one_of([st.fixed_dictionaries({w: valid_value(descriptor.fields_by_name[w])}) for w in words])
+    fields = {word: descriptor.fields_by_name[word] for word in open_words}
+    chosen = st.one_of([st.fixed_dictionaries({word: valid_value(field, above)}) for word, field in fields.items()])
     return st.builds(lambda settings, choice: {**settings, **choice}, plain, chosen)
 
 
@@ -95,8 +98,9 @@ def test_any_yaml_reader_sees_the_values_of_the_resolved_job(spec: JobSpec) -> N
     assert yaml.safe_load(to_yaml(spec)) == to_dict(rules.resolve(spec))
 
 
-def field_names(descriptor: Descriptor) -> set[str]:
-    parts = (field_names(field.message_type) for field in descriptor.fields if field.message_type)
+def field_names(descriptor: Descriptor, above: tuple[Descriptor, ...] = ()) -> set[str]:
+    below = [field.message_type for field in descriptor.fields if field.message_type not in (None, *above)]
+    parts = (field_names(message, (*above, descriptor)) for message in below)
     return set(descriptor.fields_by_name).union(*parts)
 
 

@@ -182,12 +182,15 @@ def test_an_empty_sync_is_all_reduce() -> None:
 # --------------------------------------------------------------------------------------------------- the schema itself
 
 
-def every_field(descriptor: Descriptor, path: str = "") -> Iterator[tuple[str, FieldDescriptor]]:
+def every_field(
+    descriptor: Descriptor, path: str = "", above: tuple[Descriptor, ...] = ()
+) -> Iterator[tuple[str, FieldDescriptor]]:
+    """Each field once on every way down; layers hold layers, so a message beneath itself is not entered again."""
     for field in descriptor.fields:
         place = f"{path}.{field.name}" if path else field.name
         yield place, field
-        if field.message_type is not None:
-            yield from every_field(field.message_type, place)
+        if field.message_type is not None and field.message_type not in above:
+            yield from every_field(field.message_type, place, (*above, descriptor))
 
 
 SCHEMA = dict(every_field(rules.schema_of(JobSpec())))

@@ -1,8 +1,9 @@
 """Initial weights.
 
 Rules: weights in front of a rectifier are drawn as He et al. advise, all others as Glorot and Bengio; biases start at
-zero. Each parameter has a generator of its own, seeded by (seed, parameter name) alone, so that every rank, every world
-size and every process starts alike, and adding a layer at the end changes no weight before it.
+zero, the factors of a normalization at one. Each parameter has a generator of its own, seeded by (seed, parameter name)
+alone, so that every rank, every world size and every process starts alike, and adding a layer at the end changes no
+weight before it.
 """
 
 import hashlib
@@ -27,7 +28,7 @@ def fill(values: FloatArray, parameter: Parameter, name: str, seed: int, followi
     type of `values`.
     """
     if parameter.is_bias:
-        values[...] = 0
+        values[...] = parameter.initial
     elif following in RECTIFIERS:
         values[...] = he_normal(parameter, generator(seed, name), slope)
     else:

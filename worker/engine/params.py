@@ -24,10 +24,13 @@ class Parameter(NamedTuple):
     shape: Shape
     fan_in: int  # inputs that feed one output; 0 for a bias
     fan_out: int  # outputs that one input feeds; 0 for a bias
+    initial: float = 0.0  # where a bias starts; the factors of a normalization are biases that start at 1
+    following: str = ""  # kind of the layer behind, which decides how a weight is drawn; the chain fills it in
+    slope: float = 0.0  # of that layer for negative inputs
 
     @property
     def is_bias(self) -> bool:
-        """Biases start at zero and do not decay."""
+        """Biases start at `initial` and do not decay."""
         return self.fan_in == 0
 
 

@@ -5,13 +5,20 @@ A new layer is a message in job.proto, a class that keeps to layer.py, and a lin
 
 from typing import Final
 
+from worker.engine.layers.attention import Attention
 from worker.engine.layers.conv2d import Conv2d
 from worker.engine.layers.dense import Dense
+from worker.engine.layers.dropout import Dropout
 from worker.engine.layers.elementwise import Elu, LeakyRelu, Relu, Sigmoid, Softplus, Tanh
+from worker.engine.layers.embedding import Embedding
 from worker.engine.layers.flatten import Flatten
 from worker.engine.layers.gated import Gelu, Silu
 from worker.engine.layers.layer import Layer
+from worker.engine.layers.layer_norm import LayerNorm
+from worker.engine.layers.linear import Linear
 from worker.engine.layers.pooling import AveragePool2d, GlobalAveragePool, MaxPool2d
+from worker.engine.layers.positions import Positions
+from worker.engine.layers.residual import Residual
 from worker.engine.layers.softmax import Softmax
 
 LAYERS: Final[dict[str, type[Layer]]] = {
@@ -30,4 +37,11 @@ LAYERS: Final[dict[str, type[Layer]]] = {
     "silu": Silu,
     "elu": Elu,
     "softplus": Softplus,
+    "layer_norm": LayerNorm,
+    "residual": Residual,
+    "dropout": Dropout,
+    "embedding": Embedding,
+    "positions": Positions,
+    "linear": Linear,
+    "attention": Attention,
 }

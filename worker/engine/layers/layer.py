@@ -6,11 +6,20 @@ afterwards. `forward` may keep its input until `backward_*` has run; the caller 
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
 
 import numpy.typing as npt
 
 from worker.engine.params import FloatArray, Parameter, Shape
+
+
+class Moment(NamedTuple):
+    """Where in a training run a batch stands: what may decide a layer's random choices, and nothing else may."""
+
+    seed: int
+    step: int  # from 1
+    first: int  # place in the global batch of this rank's first sample
+    path: tuple[int, ...] = ()  # index of the layer; within a residual, of that layer and of the one inside
 
 
 class Layer(Protocol):
@@ -40,3 +49,11 @@ class Layer(Protocol):
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx (n, *input_shape) given dy = dL/dy (n, *output_shape), which may be written over."""
+
+
+@runtime_checkable
+class VaryingLayer(Protocol):
+    """A layer that does something else in training than in evaluation, or holds one that does."""
+
+    def begin(self, moment: Moment | None) -> None:
+        """What the next `forward` is: training at this moment, or evaluation (None)."""

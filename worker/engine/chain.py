@@ -1,0 +1,143 @@
+"""Layers in a row: what a model is made of, and what a residual layer holds.
+
+Rules: everything that can be wrong with the layers is found when the chain is made, before an array exists. Parameters
+follow each other in layer order under names such as `0.dense.weight`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy.typing as npt
+
+from protos import job_pb2
+from worker.engine.initializers import TRANSPARENT
+from worker.engine.layers.layer import Layer, Moment, VaryingLayer
+from worker.engine.params import FloatArray, Parameter, Shape
+from worker.errors import ModelFault
+
+
+class NestedFault(ModelFault):
+    """A fault of a layer inside another; its message begins with the place inside."""
+
+
+class Placed(NamedTuple):
+    """A layer and where it stands."""
+
+    place: str  # "2.dense"
+    kind: str
+    layer: Layer
+
+
+class Chain:
+    """Layers one behind the other, each made for the shape the one before puts out."""
+
+    def __init__(
+        self, layers: Sequence[job_pb2.Layer], input_shape: Shape, place: str = "model", nested: bool = False
+    ) -> None:
+        """ModelFault naming the layer (`model[2].dense`), what it got and what it needs.
+
+        Args:
+            place: the list's name in the job file.
+            nested: the layers stand inside another, whose place is put before theirs.
+        """
+        self.layers = _build(layers, input_shape, place, nested)
+        self.output_shape: Shape = self.layers[-1].layer.output_shape
+        self.parameters: tuple[Parameter, ...] = tuple(
+            _within(placed, _follower(layers[index + 1 :]), parameter)
+            for index, placed in enumerate(self.layers)
+            for parameter in placed.layer.parameters
+        )
+        # Nothing before the first layer with parameters is asked for a parameter's gradient.
+        trained = [index for index, placed in enumerate(self.layers) if placed.layer.parameters]
+        self.first_trained = trained[0] if trained else len(self.layers)
+
+    def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
+        """Hand the views, in the order of `parameters`, to the layers."""
+        start = 0
+        for placed in self.layers:
+            stop = start + len(placed.layer.parameters)
+            placed.layer.attach(values[start:stop], gradients[start:stop])
+            start = stop
+
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike) -> bool:
+        """Make the layers' buffers; whether what comes behind may write over the last output."""
+        overwritable = False  # whether the next layer may write over its input; never over the caller's
+        for placed in self.layers:
+            layer = placed.layer
+            layer.reserve(batch_size, dtype, in_place=overwritable and layer.works_in_place)
+            overwritable = not layer.reads_output
+        return overwritable
+
+    def begin(self, moment: Moment | None) -> None:
+        """Tell the layers that act by it whether the next forward is training, and when, or evaluation (None)."""
+        for index, placed in enumerate(self.layers):
+            if isinstance(placed.layer, VaryingLayer):
+                placed.layer.begin(moment and moment._replace(path=(*moment.path, index)))
+
+    def forward(self, x: FloatArray) -> FloatArray:
+        """The last layer's output."""
+        for placed in self.layers:
+            x = placed.layer.forward(x)
+        return x
+
+    def backward_parameters(self, dy: FloatArray) -> FloatArray:
+        """Write the parameters' gradients, layer by layer from the last; dL/d(output of the first trained layer).
+
+        Each layer turns its output's delta into its parameters' gradient and into the delta of the layer before (seed
+        document, steps 3 and 4).
+        """
+        for index in range(len(self.layers) - 1, self.first_trained - 1, -1):
+            layer = self.layers[index].layer
+            if layer.parameters:
+                layer.backward_parameters(dy)
+            if index > self.first_trained:
+                dy = layer.backward_input(dy)
+        return dy
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx from what `backward_parameters` returned."""
+        for index in range(min(self.first_trained, len(self.layers) - 1), -1, -1):
+            dy = self.layers[index].layer.backward_input(dy)
+        return dy
+
+
+def _follower(behind: Sequence[job_pb2.Layer]) -> job_pb2.Layer | None:
+    """The first layer behind that a parameter's values reach changed (see TRANSPARENT)."""
+    return next((layer for layer in behind if layer.WhichOneof("kind") not in TRANSPARENT), None)
+
+
+def _within(placed: Placed, behind: job_pb2.Layer | None, parameter: Parameter) -> Parameter:
+    """A layer's parameter under its name in the chain, told what its initial values need to know of the layer behind.
+
+    Within a residual layer its own chain has told it.
+    """
+    parameter = parameter._replace(name=f"{placed.place}.{parameter.name}")
+    if behind is None or placed.kind == "residual":
+        return parameter
+    kind = behind.WhichOneof("kind") or ""
+    return parameter._replace(following=kind, slope=behind.leaky_relu.alpha if kind == "leaky_relu" else 0.0)
+
+
+def _build(layers: Sequence[job_pb2.Layer], input_shape: Shape, place: str, nested: bool) -> list[Placed]:
+    # Imported here: the table holds the residual layer, which holds a chain.
+    from worker.engine.layers import LAYERS
+
+    fault_type = NestedFault if nested else ModelFault
+    if not layers:
+        raise fault_type(f"{place}: has no layers")
+    placed: list[Placed] = []
+    shape = input_shape
+    for index, message in enumerate(layers):
+        kind = message.WhichOneof("kind") or ""
+        if kind not in LAYERS:
+            raise fault_type(f"{place}[{index}]: names none of {', '.join(LAYERS)}")
+        if kind == "embedding" and (nested or index > 0):
+            raise fault_type(f"{place}[{index}].embedding: takes tokens, so it must be the first layer of the model")
+        try:
+            layer = LAYERS[kind](getattr(message, kind), shape)
+        except ModelFault as fault:
+            joint = "." if isinstance(fault, NestedFault) else ": "
+            raise fault_type(f"{place}[{index}].{kind}{joint}{fault}") from None
+        placed.append(Placed(f"{index}.{kind}", kind, layer))
+        shape = layer.output_shape
+    return placed
