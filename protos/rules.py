@@ -188,6 +188,21 @@ def _one_preprocessing(spec: JobSpec) -> Violation | None:
     return Violation("data.scale", f"{number(spec.data.scale)} is given beside `standardize`; remove one of the two")
 
 
+def _bytes_stay_whole(spec: JobSpec) -> Violation | None:
+    if chosen_option(spec.data.train) != "text":
+        return None
+    if spec.data.standardize:
+        return Violation(
+            "data.standardize", "is given beside `text`, whose features are the numbers of bytes; remove it"
+        )
+    if spec.data.HasField("scale") and spec.data.scale != 1:
+        given = number(spec.data.scale)
+        return Violation(
+            "data.scale", f"{given} is given beside `text`, whose features are the numbers of bytes; remove it"
+        )
+    return None
+
+
 # These losses hold the last activation themselves, where it can be computed without overflow.
 TAKES_LOGITS = {
     "softmax_cross_entropy": ("softmax",),
@@ -245,6 +260,7 @@ def _metrics_for_the_loss(spec: JobSpec) -> Violation | None:
 CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _one_held_out_set,
     _one_preprocessing,
+    _bytes_stay_whole,
     _logits_for_the_loss,
     _losses_to_watch,
     _one_clipping,

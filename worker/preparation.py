@@ -53,7 +53,7 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
         )
     for dataset in (train, validation):
         if dataset is not None:
-            model.check_targets(dataset.targets, dataset.place)
+            model.check_targets(dataset.targets_to_check, dataset.place)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
     return Prepared(train, validation, make_preprocessing(job.data, train), model)

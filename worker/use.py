@@ -46,7 +46,7 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
             _, dataset = hold_out(dataset, job.data.validation_fraction, job.training.seed)
             name = "validation"
     _check_shape(trained, dataset.sample_shape, dataset.place)
-    trained.model.check_targets(dataset.targets, dataset.place)
+    trained.model.check_targets(dataset.targets_to_check, dataset.place)
 
     reader = BatchReader(dataset, trained.preprocessing, min(BATCH, len(dataset)))
     trained.model.reserve(reader.capacity)

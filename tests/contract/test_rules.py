@@ -48,7 +48,7 @@ def test_parts_that_name_no_option_list_what_is_allowed() -> None:
     spec.data.train.Clear()
     spec.data.train.SetInParent()
     assert faults(spec) == [
-        "data.train: names nothing; it takes one of: built_in, idx, npz, npy, csv",
+        "data.train: names nothing; it takes one of: built_in, idx, npz, npy, csv, parquet, text",
         f"model[1]: names nothing; it takes one of: {LAYERS}",
     ]
 

@@ -25,7 +25,11 @@ class BatchReader:
         self._rows = dataset.rows
         self._preprocessing = preprocessing
         self._features = np.empty((capacity, *dataset.sample_shape), dtype)
-        self._targets = np.empty((capacity, *dataset.targets.shape[1:]), dataset.targets.dtype)
+        targets_shape = (capacity, *dataset.targets.shape[1:])
+        self._raw_targets = np.empty(targets_shape, dataset.targets.dtype)
+        # The bytes of a text are labels too, and labels are int64.
+        of_bytes = dataset.targets.dtype == np.uint8
+        self._targets = np.empty(targets_shape, np.int64) if of_bytes else self._raw_targets
         stored_shape = (capacity, *dataset.features.shape[1:])
         # Rows already of the right type are gathered where they will be used.
         self._in_place = in_place = self._stored.dtype == self._features.dtype
@@ -34,9 +38,10 @@ class BatchReader:
         self._in_rows = self._stored.flags.c_contiguous and self._stored.flags.aligned
 
     def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Features (n, *sample_shape) and targets (n,) or (n, k) of the samples at `indices`, 0 <= n <= capacity.
+        """Features (n, *sample_shape) and targets of the samples at `indices`, 0 <= n <= capacity.
 
-        Both are views that the next call overwrites. IndexError when an index is outside the data set.
+        Targets are (n,), (n, k) or, of text, (n, context). Both are views that the next call overwrites. IndexError
+        when an index is outside the data set.
         """
         count = len(indices)
         if count > len(self._features):
@@ -45,7 +50,10 @@ class BatchReader:
         if self._rows is not None:
             indices = self._rows.take(indices)
         # The targets, few bytes, are gathered with the bounds check; it makes a copy that the features are spared.
-        self._stored_targets.take(indices, axis=0, out=targets)
+        raw_targets = self._raw_targets[:count]
+        self._stored_targets.take(indices, axis=0, out=raw_targets)
+        if self._targets is not self._raw_targets:
+            np.copyto(targets, raw_targets)
         if self._in_rows:
             self._stored.take(indices, axis=0, out=raw, mode="wrap")
         else:

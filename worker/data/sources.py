@@ -16,9 +16,11 @@ from numpy.typing import NDArray
 from protos import job_pb2
 from worker.data.idx import read_idx
 from worker.data.numpy_files import read_npy, read_npz
+from worker.data.parquet import read_parquet, read_parquet_features
 from worker.data.stored_array import StoredArray, check_finite, check_numbers
 from worker.data.table import read_csv, read_csv_features
 from worker.data.targets import as_targets
+from worker.data.text import LARGEST_BYTE, read_text
 from worker.errors import DataFault
 
 
@@ -27,7 +29,7 @@ class Dataset:
     """Samples and their targets; a view of some of the rows where `rows` says which."""
 
     features: NDArray[Any]  # (N, ...) in the stored type; may be memory-mapped
-    targets: NDArray[Any]  # int64 (N,) or float32 (N, k)
+    targets: NDArray[Any]  # int64 (N,) or float32 (N, k); of text uint8 (N, context), which a reader hands out as int64
     rows: NDArray[np.int64] | None  # (n,) indices into both, or None for all
     place: str  # the files, for messages
 
@@ -37,6 +39,16 @@ class Dataset:
     @property
     def sample_shape(self) -> tuple[int, ...]:
         return sample_shape(self.features)
+
+    @property
+    def targets_to_check(self) -> NDArray[Any]:
+        """What stands for all targets where it is asked whether a model can learn them.
+
+        Text may be larger than memory and any byte may come: one sample of the largest byte stands for it.
+        """
+        if self.targets.dtype == np.uint8:
+            return np.full((1, *self.targets.shape[1:]), LARGEST_BYTE, np.int64)
+        return self.targets
 
 
 def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
@@ -50,13 +62,16 @@ def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
 def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
     """The data set a job names, checked; DataFault naming file, value and remedy.
 
-    target_kind: "labels" for targets int64 (n,), "values" for float32 (n, k).
+    target_kind: "labels" for targets int64 (n,), "values" for float32 (n, k). Text has labels for each byte of a
+    sample: uint8 (n, context).
     """
     kind = source.WhichOneof("kind")
     if kind is None:
         raise DataFault(f"data source: names no kind; the kinds are: {', '.join(OPENERS)}")
     try:
         features, targets = OPENERS[kind](getattr(source, kind))
+        if kind == "text":  # bytes are whole, finite and labels as they are
+            return _text_dataset(features, targets, target_kind)
         _check_features(features)
         place = _both(features.place, targets.place)
         check_numbers(targets, "targets")
@@ -71,12 +86,16 @@ def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
 
 
 def open_features(path: str) -> NDArray[Any]:
-    """Features alone, as `predict` takes them: .npy, .npz (array `x`), .csv (every column), or idx, plain or .gz."""
+    """Features alone, as `predict` takes them.
+
+    .npy, .npz (array `x`), .csv and .parquet (every column), or idx, plain or .gz.
+    """
     suffix = path[path.rfind(".") :].lower()
     readers: dict[str, Callable[[str], StoredArray]] = {
         ".npy": read_npy,
         ".npz": lambda path: read_npz(path, "x")[0],
         ".csv": read_csv_features,
+        ".parquet": read_parquet_features,
     }
     array = readers.get(suffix, read_idx)(path)
     _check_features(array)
@@ -91,6 +110,12 @@ def _check_features(array: StoredArray) -> None:
             "a sample is (features,) or (height, width, channels): reshape the array to at most 4 axes"
         )
     check_finite(array, "features")
+
+
+def _text_dataset(features: StoredArray, targets: StoredArray, target_kind: str) -> Dataset:
+    if target_kind != "labels":
+        raise DataFault(f"{features.place}: a text gives labels, but the loss takes values; use softmax_cross_entropy")
+    return Dataset(features.values, targets.values, None, features.place)
 
 
 def _both(features: str, targets: str) -> str:
@@ -120,10 +145,20 @@ def _open_csv(source: job_pb2.CsvSource) -> tuple[StoredArray, StoredArray]:
     return read_csv(source.path, source.target)
 
 
+def _open_parquet(source: job_pb2.ParquetSource) -> tuple[StoredArray, StoredArray]:
+    return read_parquet(source.path, source.target)
+
+
+def _open_text(source: job_pb2.TextSource) -> tuple[StoredArray, StoredArray]:
+    return read_text(source.path, source.context)
+
+
 OPENERS: dict[str, Callable[[Any], tuple[StoredArray, StoredArray]]] = {
     "built_in": _open_built_in,
     "idx": _open_idx,
     "npz": _open_npz,
     "npy": _open_npy,
     "csv": _open_csv,
+    "parquet": _open_parquet,
+    "text": _open_text,
 }

@@ -24,21 +24,33 @@ NAMES_SHOWN = 20
 def read_csv(path: str, target: str) -> tuple[StoredArray, StoredArray]:
     """(features, targets): every column but `target` in order, and that one; DataFault if that cannot be had."""
     names, values = _read(path)
-    positions = [i for i, name in enumerate(names) if name == target]
-    if not positions:
-        raise DataFault(f"{path}: has no column {target!r}; the columns are: {_listed(names)}")
-    if len(positions) > 1:
-        raise DataFault(f"{path}: has {len(positions)} columns named {target!r}; give each column a name of its own")
-    if len(names) == 1:
-        raise DataFault(f"{path}: has no column besides the target {target!r}; at least one feature is needed")
-    others = [i for i in range(len(names)) if i != positions[0]]
-    return _columns(path, names, values, others), _columns(path, names, values, positions)
+    position = target_position(path, names, target)
+    others = [i for i in range(len(names)) if i != position]
+    return _columns(path, names, values, others), _columns(path, names, values, [position])
 
 
 def read_csv_features(path: str) -> StoredArray:
     """Every column as a feature."""
     names, values = _read(path)
     return _columns(path, names, values, range(len(names)))
+
+
+def target_position(path: str, names: Sequence[str], target: str) -> int:
+    """Which of the columns is the target; DataFault unless it is there once and beside others."""
+    positions = [i for i, name in enumerate(names) if name == target]
+    if not positions:
+        raise DataFault(f"{path}: has no column {target!r}; the columns are: {listed(names)}")
+    if len(positions) > 1:
+        raise DataFault(f"{path}: has {len(positions)} columns named {target!r}; give each column a name of its own")
+    if len(names) == 1:
+        raise DataFault(f"{path}: has no column besides the target {target!r}; at least one feature is needed")
+    return positions[0]
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names for a message, the first of them where they are many."""
+    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
+    return ", ".join(names[:NAMES_SHOWN]) + more
 
 
 def _read(path: str) -> tuple[list[str], NDArray[np.float64]]:
@@ -73,7 +85,7 @@ def _read_names(path: str, text: TextIO) -> list[str]:
         raise DataFault(f"{path}: line 1 is empty; the first line must be the names of the columns")
     if all(_is_number(name) for name in names):
         raise DataFault(
-            f"{path}: line 1 holds numbers ({_listed(names)}); the first line must be the names of the columns"
+            f"{path}: line 1 holds numbers ({listed(names)}); the first line must be the names of the columns"
         )
     for separator, word in ((";", "semicolons"), ("\t", "tabs")):
         if len(names) == 1 and separator in names[0]:
@@ -143,8 +155,3 @@ def _is_number(cell: str) -> bool:
     except ValueError:
         return False
     return "_" not in cell  # Python reads 1_000, NumPy does not
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
-    return ", ".join(names[:NAMES_SHOWN]) + more

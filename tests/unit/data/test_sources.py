@@ -174,7 +174,7 @@ def test_a_fault_deep_in_a_mapped_file_is_found_without_reading_it_whole_into_me
 
 
 def test_a_source_without_a_kind_is_a_fault_that_lists_them() -> None:
-    with pytest.raises(DataFault, match="names no kind; the kinds are: built_in, idx, npz, npy, csv"):
+    with pytest.raises(DataFault, match="names no kind; the kinds are: built_in, idx, npz, npy, csv, parquet, text"):
         open_source(job_pb2.Source(), "labels")
 
 
