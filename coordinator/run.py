@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -209,8 +210,19 @@ def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Pa
     checkpoints = output / "checkpoints"
     where = f"logs: {logs}"
     if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        return f"stopped by {interrupted}; go on with: paceline run {options.job_file} -o {output} --resume ({where})"
+        return f"stopped by {interrupted}; go on with: {resume_command(options, output)} ({where})"
     return f"stopped by {interrupted}, before there was a checkpoint ({where})"
+
+
+def resume_command(options: RunOptions, output: Path) -> str:
+    """What a shell takes to go on with the same job: what was typed over the job file is typed again."""
+    words = ["paceline", "run", str(options.job_file)]
+    if options.ranks is not None:
+        words += ["-n", str(options.ranks)]
+    words += ["-o", str(output)]
+    for setting in options.settings:
+        words += ["--set", setting]
+    return shlex.join([*words, "--resume"])
 
 
 def _print_result(options: RunOptions, job: job_pb2.JobSpec, output: Path) -> None:

@@ -144,7 +144,8 @@ def test_a_run_told_to_end_takes_its_workers_along_and_says_how_to_go_on(folder,
     process.send_signal(number)
     _, errors = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 128 + number
-    assert errors == f"stopped by {number.name}; go on with: paceline run job.yaml -o out --resume (logs: out/logs)\n"
+    remedy = "paceline run job.yaml -o out --set training.epochs=100000 --resume"
+    assert errors == f"stopped by {number.name}; go on with: {remedy} (logs: out/logs)\n"
     assert workers_of(folder) == []
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from datetime import datetime
 from pathlib import Path
 
@@ -10,7 +11,15 @@ import pytest
 
 from coordinator.faults import CommandFault
 from coordinator.launchers.causes import Cause
-from coordinator.run import MetricsTail, check_output, failure_text, keep_logs, new_folder
+from coordinator.run import (
+    MetricsTail,
+    RunOptions,
+    check_output,
+    failure_text,
+    keep_logs,
+    new_folder,
+    resume_command,
+)
 from protos.exit_codes import ExitCode
 
 
@@ -74,6 +83,18 @@ def test_what_is_no_run_cannot_be_resumed(tmp_path):
 def test_resume_without_a_folder_is_bad_usage(paceline, job_file):
     done = paceline("run", str(job_file), "--resume")
     assert (done.code, done.err) == (2, "error: --resume needs -o DIR, the folder of the run to go on with\n")
+
+
+def test_the_command_to_go_on_with_says_all_that_was_said_of_the_job():
+    options = RunOptions(Path("my job.yaml"), 3, None, ("name=it's $HOME", "training.epochs=5"), as_json=True)
+    command = resume_command(options, Path("runs/my job"))
+    assert shlex.split(command) == [
+        *("paceline", "run", "my job.yaml", "-n", "3", "-o", "runs/my job"),
+        *("--set", "name=it's $HOME", "--set", "training.epochs=5", "--resume"),
+    ]
+    assert "'my job.yaml'" in command
+    plain = RunOptions(Path("job.yaml"), None, None)
+    assert resume_command(plain, Path("out")) == "paceline run job.yaml -o out --resume"
 
 
 def test_logs_go_with_the_run_and_never_over_older_ones(tmp_path):
