@@ -90,12 +90,14 @@ def run(options: RunOptions) -> int:
                 display.state(f"{printable(job.name)}: starting {_workers(job.workers)}")
                 exit_code = _train(launch, log_dir, MetricsTail(output / METRICS, old=options.resume), display)
         except Interrupted as interrupted:
-            logs = keep_logs(log_dir, output)
-            say(_interrupted_words(interrupted, options, output, logs))
+            say(_interrupted_words(interrupted, options, output, keep_logs(log_dir, output)))
             return interrupted.exit_code
     cause = explain(exit_code, log_dir) if exit_code else None
-    logs = keep_logs(log_dir, output)
+    logs: Path | None = keep_logs(log_dir, output)
     if cause is not None:
+        if logs == log_dir and cause.told_whole:
+            shutil.rmtree(log_dir)
+            logs = None
         raise CommandFault(
             failure_text(cause, logs), ExitCode.USAGE if exit_code == ExitCode.USAGE else ExitCode.FAILED
         )
@@ -201,9 +203,10 @@ def keep_logs(log_dir: Path, output: Path) -> Path:
     return kept
 
 
-def failure_text(cause: Cause, logs: Path) -> str:
-    """One short message, the log's last lines, and where the rest is."""
-    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), f"  logs: {logs}"])
+def failure_text(cause: Cause, logs: Path | None) -> str:
+    """One short message, the log's last lines, and where the rest is; None when there is no rest."""
+    where = [] if logs is None else [f"  logs: {logs}"]
+    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), *where])
 
 
 def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Path, logs: Path) -> str:

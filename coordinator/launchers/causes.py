@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LAUNCHER_LOG = "launcher.log"
 ERROR_PREFIX = "error: "
 LAST_LINES = 10
+SAID_BY_RANKS = ("RankFailed", "RanksFailed")
 
 # What mpirun says -> our reason and one line. Groups: rank, host, signal, code, path as they occur.
 KILLED = re.compile(
@@ -51,11 +52,22 @@ class Cause:
     rank: int | None = None
     exit_code: int | None = None
     signal: str | None = None  # its name, such as SIGKILL
-    last_lines: tuple[str, ...] = ()  # of the rank's log, of rank 0's where that is empty, else of the launcher's
+    # Of the rank's log, of rank 0's where that is empty, else of the launcher's; without what the message tells.
+    last_lines: tuple[str, ...] = ()
+
+    @property
+    def told_whole(self) -> bool:
+        """Whether a rank said itself what was wrong and the logs' last lines add nothing to it."""
+        return self.reason in SAID_BY_RANKS and not self.last_lines
 
 
 def explain(exit_code: int, log_dir: Path) -> Cause:
     """The cause of a launch that ended with `exit_code`, as Running.poll gives it: negative for a signal."""
+    cause = _cause(exit_code, log_dir)
+    return replace(cause, last_lines=tuple(line for line in cause.last_lines if not _is_told(line, cause.message)))
+
+
+def _cause(exit_code: int, log_dir: Path) -> Cause:
     launcher_lines = _lines(log_dir / LAUNCHER_LOG)
     logs = {rank: _lines(path) for rank, path in rank_logs(log_dir).items()}
     said = " ".join(" ".join(launcher_lines).split())
@@ -137,6 +149,12 @@ def _error_line(lines: list[str]) -> str | None:
     while first > 0 and lines[first - 1].startswith(ERROR_PREFIX):
         first -= 1
     return "; ".join(line.removeprefix(ERROR_PREFIX) for line in lines[first : last + 1])
+
+
+def _is_told(line: str, message: str) -> bool:
+    """Whether the message already has the line: as one of the errors, or as the final words behind a bare exit code."""
+    words = line.removeprefix(ERROR_PREFIX).strip()
+    return bool(words) and (words in message if line.startswith(ERROR_PREFIX) else message.endswith(f": {words}"))
 
 
 def _final_words(lines: list[str]) -> str:

@@ -113,6 +113,8 @@ def test_logs_go_with_the_run_and_never_over_older_ones(tmp_path):
 def test_a_failure_is_a_message_its_last_lines_and_where_the_rest_is():
     cause = Cause("RankKilled", "rank 1 was killed", 1, 137, "SIGKILL", ("epoch 1", "\x1b[2Jodd"))
     assert failure_text(cause, Path("out/logs")) == "rank 1 was killed\n  | epoch 1\n  | \\x1b[2Jodd\n  logs: out/logs"
+    whole = Cause("RanksFailed", "a.npz: No such file", None, 1)
+    assert failure_text(whole, None) == "a.npz: No such file"
 
 
 def test_without_mpirun_what_installs_it_is_said(paceline, job_file, tmp_path, monkeypatch):
