@@ -52,7 +52,8 @@ class Cause:
     rank: int | None = None
     exit_code: int | None = None
     signal: str | None = None  # its name, such as SIGKILL
-    # Of the rank's log, of rank 0's where that is empty, else of the launcher's; without what the message tells.
+    # Of the rank's log, of rank 0's where that is empty, of all ranks' where it was mpirun that was killed, else of the
+    # launcher's; without what the message tells.
     last_lines: tuple[str, ...] = ()
 
     @property
@@ -81,7 +82,8 @@ def _cause(exit_code: int, log_dir: Path) -> Cause:
         return Cause("RankFailed", line, _own_rank(line), exit_code, None, _last(launcher_lines))
     if exit_code < 0:
         message = f"mpirun was killed by {signal_words(-exit_code)}, and its ranks with it"
-        return Cause("LauncherKilled", message, None, None, signal_name(-exit_code), _last(launcher_lines))
+        last_lines = _last_of_each(logs) or _last(launcher_lines)
+        return Cause("LauncherKilled", message, None, None, signal_name(-exit_code), last_lines)
     for pattern, reason, message in LAUNCHER_FAULTS:
         if match := pattern.search(said):
             return Cause(reason, message.format(**match.groupdict()), None, exit_code, None, _last(launcher_lines))
@@ -173,3 +175,10 @@ def _lines(path: Path) -> list[str]:
 
 def _last(lines: list[str]) -> tuple[str, ...]:
     return tuple(lines[-LAST_LINES:])
+
+
+def _last_of_each(logs: dict[int, list[str]]) -> tuple[str, ...]:
+    """How far every rank was, in LAST_LINES at most unless there are more ranks than that."""
+    speaking = {rank: lines for rank, lines in logs.items() if lines}
+    share = max(1, LAST_LINES // max(1, len(speaking)))
+    return tuple(f"rank-{rank} | {line}" for rank, lines in speaking.items() for line in lines[-share:])

@@ -76,6 +76,13 @@ def test_where_the_killed_rank_wrote_nothing_the_lines_of_rank_0_say_how_far_the
     assert explained(137, "rank_killed", {0: "epoch 3/9\n", 1: ""}).last_lines == ("epoch 3/9",)
 
 
+def test_a_killed_mpirun_comes_with_the_last_lines_of_every_rank_that_said_something(explained):
+    lines = [f"step {number}" for number in range(30)]
+    cause = explained(-9, "launcher_killed", {0: "\n".join(lines) + "\n", 1: "warning\n", 2: ""})
+    assert cause.reason == "LauncherKilled"
+    assert cause.last_lines == (*(f"rank-0 | {line}" for line in lines[-LAST_LINES // 2 :]), "rank-1 | warning")
+
+
 def test_a_killed_rank_is_the_cause_and_not_the_peers_that_noticed(explained):
     cause = explained(137, "rank_killed", {0: "error: rank 0 of 2 on vm: rank 1 is gone\n", 1: "epoch 1\n"})
     assert cause.message == "rank 1 on vm was killed by signal 9 (SIGKILL)"
