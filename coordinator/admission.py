@@ -15,6 +15,10 @@ from protos import job_pb2
 from protos.rules import Violation, check, rule_of
 
 
+class NotAllowed(Violation):
+    """What this coordinator does not allow, in a job that may be sound elsewhere."""
+
+
 def violations_of(spec: job_pb2.JobSpec, data_roots: Sequence[Path], slots: int) -> list[Violation]:
     """Every reason not to take the job; `data_roots` are resolved, and none of them means every place is allowed."""
     return [*check(spec), *_path_violations(spec, "", data_roots), *_slot_violations(spec, slots)]
@@ -33,23 +37,25 @@ def _path_violations(message: Message, place: str, data_roots: Sequence[Path]) -
             parts = [(value, here)] if not field.is_repeated else [(v, f"{here}[{i}]") for i, v in enumerate(value)]
             for part, part_place in parts:
                 yield from _path_violations(part, part_place, data_roots)
-        elif rule_of(field).path and (fault := _path_fault(value, data_roots)):
-            yield Violation(here, fault)
+        elif rule_of(field).path and (fault := _path_fault(here, value, data_roots)):
+            yield fault
 
 
-def _path_fault(text: str, data_roots: Sequence[Path]) -> str | None:
+def _path_fault(place: str, text: str, data_roots: Sequence[Path]) -> Violation | None:
     path = Path(text)
     if "\0" in text:
-        return f"{text!r} is not a path"
+        return Violation(place, f"{text!r} is not a path")
     if not path.is_absolute():
-        return f"{text!r} is not absolute: the coordinator does not know the folder it is meant from"
+        unknown = f"{text!r} is not absolute: the coordinator does not know the folder it is meant from"
+        return Violation(place, unknown)
     if not data_roots:
         return None
     try:
         real = path.resolve()
     except (OSError, RuntimeError) as fault:  # a loop of links, a folder that may not be entered
-        return f"{text!r} cannot be resolved: {fault}"
+        return Violation(place, f"{text!r} cannot be resolved: {fault}")
     if any(real.is_relative_to(root) for root in data_roots):
         return None
     allowed = ", ".join(map(str, data_roots))
-    return f"{text!r} is not under a folder this coordinator may read from: {allowed} (set by --data-root)"
+    outside = f"{text!r} is not under a folder this coordinator may read from: {allowed} (set by --data-root)"
+    return NotAllowed(place, outside)

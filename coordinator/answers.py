@@ -27,6 +27,7 @@ SHORT_CALLS_AT_MOST = 32  # threads beside those of the streams
 STATUS_CODES: dict[str, grpc.StatusCode] = {
     "AttemptOver": grpc.StatusCode.FAILED_PRECONDITION,
     "CoordinatorStopping": grpc.StatusCode.UNAVAILABLE,
+    "DataNotAllowed": grpc.StatusCode.PERMISSION_DENIED,
     "FileChanged": grpc.StatusCode.DATA_LOSS,
     "InvalidJob": grpc.StatusCode.INVALID_ARGUMENT,
     "InvalidRequest": grpc.StatusCode.INVALID_ARGUMENT,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import shutil
 import sys
 import tempfile
@@ -41,8 +42,11 @@ from protos.job_file import JobFileInvalid, read_job_file
 
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
-# What tells that a folder holds a run; the worker refuses it too, but only once MPI is up.
-RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", "checkpoints")
+CHECKPOINTS = "checkpoints"
+# What the worker makes. A folder is a run worth keeping once it holds a result or a checkpoint: before, there is
+# nothing to go on with, and the worker starts anew in it.
+RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", CHECKPOINTS)
+RESULTS = (SUMMARY, "model.safetensors")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
 
@@ -87,14 +91,16 @@ def run(options: RunOptions) -> int:
         try:
             with open_display(options.as_json, job.training.epochs) as display:
                 display.state(f"{printable(job.name)}: starting {_workers(job.workers)}")
-                exit_code = _train(launch, log_dir, MetricsTail(output / METRICS, old=options.resume), display)
+                exit_code = _train(launch, log_dir, MetricsTail(output / METRICS), display)
         except Interrupted as interrupted:
-            logs = keep_logs(log_dir, output)
-            say(_interrupted_words(interrupted, options, output, logs))
+            say(_interrupted_words(interrupted, options, output, keep_logs(log_dir, output)))
             return interrupted.exit_code
     cause = explain(exit_code, log_dir) if exit_code else None
-    logs = keep_logs(log_dir, output)
+    logs: Path | None = keep_logs(log_dir, output)
     if cause is not None:
+        if logs == log_dir and cause.told_whole:
+            shutil.rmtree(log_dir)
+            logs = None
         raise CommandFault(
             failure_text(cause, logs), ExitCode.USAGE if exit_code == ExitCode.USAGE else ExitCode.FAILED
         )
@@ -117,15 +123,30 @@ def new_folder(name: str, now: datetime) -> Path:
 
 
 def check_output(folder: Path, resume: bool) -> None:
-    """Refuse to write over a run, and to resume what is none."""
+    """Refuse to write over a run, and to resume what is none; the worker does too, but only once MPI is up."""
     if folder.exists() and not folder.is_dir():
         raise CommandFault(f"{folder} is a file; name a folder with -o", ExitCode.USAGE)
-    held = [name for name in RUN_FILES if (folder / name).exists()]
+    checkpoint = has_checkpoint(folder)
+    held = [name for name in RESULTS if (folder / name).exists()] + ([CHECKPOINTS] if checkpoint else [])
     if held and not resume:
-        remedy = "go on with it by --resume, or name another folder with -o"
-        raise CommandFault(f"{folder} already holds a run ({', '.join(held)}); {remedy}", ExitCode.USAGE)
-    if resume and not held:
-        raise CommandFault(f"{folder} holds no run to resume; leave --resume out to start one", ExitCode.USAGE)
+        remedy = "go on with it by --resume, or name" if checkpoint else "name"
+        raise CommandFault(
+            f"{folder} already holds a run ({', '.join(held)}); {remedy} another folder with -o", ExitCode.USAGE
+        )
+    if not resume or checkpoint:
+        return
+    if held:
+        lost = f"{folder} holds a run ({', '.join(held)}) without a checkpoint to go on from"
+        raise CommandFault(f"{lost}; name another folder with -o", ExitCode.USAGE)
+    if any((folder / name).exists() for name in RUN_FILES):
+        raise CommandFault(f"{folder} holds no checkpoint yet; leave --resume out to start anew", ExitCode.USAGE)
+    raise CommandFault(f"{folder} holds no run to resume; leave --resume out to start one", ExitCode.USAGE)
+
+
+def has_checkpoint(folder: Path) -> bool:
+    """Whether a run got far enough to leave one."""
+    checkpoints = folder / CHECKPOINTS
+    return checkpoints.is_dir() and any(checkpoints.iterdir())
 
 
 def worker_arguments(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path) -> list[str]:
@@ -162,12 +183,13 @@ def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display) -
 class MetricsTail:
     """Reads the reports added to metrics.jsonl.
 
-    A resumed run writes the file anew without the steps it will do again: lines it had before are no news.
+    A resumed run writes the file anew without the steps it will do again, one that starts anew without any: lines it
+    had before are no news.
     """
 
-    def __init__(self, path: Path, old: bool) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
-        self._known = set(path.read_bytes().splitlines()) if old and path.exists() else set()
+        self._known = set(path.read_bytes().splitlines()) if path.exists() else set()
         self._inode = 0
         self._offset = 0
 
@@ -177,9 +199,9 @@ class MetricsTail:
         except FileNotFoundError:
             return
         with file:
-            inode = os.fstat(file.fileno()).st_ino
-            if inode != self._inode:
-                self._inode, self._offset = inode, 0
+            status = os.fstat(file.fileno())
+            if status.st_ino != self._inode or status.st_size < self._offset:  # replaced, or emptied
+                self._inode, self._offset = status.st_ino, 0
             file.seek(self._offset)
             for line in file:
                 if not line.endswith(b"\n"):
@@ -200,17 +222,28 @@ def keep_logs(log_dir: Path, output: Path) -> Path:
     return kept
 
 
-def failure_text(cause: Cause, logs: Path) -> str:
-    """One short message, the log's last lines, and where the rest is."""
-    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), f"  logs: {logs}"])
+def failure_text(cause: Cause, logs: Path | None) -> str:
+    """One short message, the log's last lines, and where the rest is; None when there is no rest."""
+    where = [] if logs is None else [f"  logs: {logs}"]
+    return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), *where])
 
 
 def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Path, logs: Path) -> str:
-    checkpoints = output / "checkpoints"
     where = f"logs: {logs}"
-    if checkpoints.is_dir() and any(checkpoints.iterdir()):
-        return f"stopped by {interrupted}; go on with: paceline run {options.job_file} -o {output} --resume ({where})"
+    if has_checkpoint(output):
+        return f"stopped by {interrupted}; go on with: {resume_command(options, output)} ({where})"
     return f"stopped by {interrupted}, before there was a checkpoint ({where})"
+
+
+def resume_command(options: RunOptions, output: Path) -> str:
+    """What a shell takes to go on with the same job: what was typed over the job file is typed again."""
+    words = ["paceline", "run", str(options.job_file)]
+    if options.ranks is not None:
+        words += ["-n", str(options.ranks)]
+    words += ["-o", str(output)]
+    for setting in options.settings:
+        words += ["--set", setting]
+    return shlex.join([*words, "--resume"])
 
 
 def _print_result(options: RunOptions, job: job_pb2.JobSpec, output: Path) -> None:

@@ -1,6 +1,7 @@
 """Builds the coordinator out of its parts and runs it until it is told to stop.
 
 Rules: everything that can refuse to start does so before a job is touched: the folder's lock, the store, both ports.
+A refused start leaves no state folder that was not there before.
 Settings arrive as arguments; the parts get clock, registry and paths from here and read none of their own.
 """
 
@@ -10,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -41,6 +43,7 @@ from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
 
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
+LOCK = "lock"
 SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _HEALTH = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
 
@@ -260,8 +263,9 @@ def _launcher(settings: Settings, coordinator: Address) -> Launcher:
 def _locked(state: Path) -> Iterator[None]:
     """The state folder, for this coordinator alone. The lock dies with the process, however that ends."""
     try:
+        missing = [folder for folder in (state, *state.parents) if not folder.exists()]
         state.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs and data paths are nobody else's business
-        file = open(state / "lock", "a+", encoding="utf-8")  # noqa: SIM115  # closed below
+        file = open(state / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # closed below
     except OSError as fault:
         raise CannotServe(f"--state: cannot use {state}: {fault.strerror}") from fault
     with file:
@@ -274,4 +278,19 @@ def _locked(state: Path) -> Iterator[None]:
         file.truncate(0)
         file.write(f"{os.getpid()}\n")
         file.flush()
-        yield
+        # Looked at under the lock: another coordinator may have made the folder, and kept jobs in it, meanwhile.
+        made = missing if [path.name for path in state.iterdir()] == [LOCK] else []
+        try:
+            yield
+        except CannotServe:
+            _remove_made(made)
+            raise
+
+
+def _remove_made(folders: Sequence[Path]) -> None:
+    """Undo what a refused start made: the state folder with all in it, and the folders above it that hold nothing."""
+    if folders:
+        shutil.rmtree(folders[0], ignore_errors=True)  # the refusal is what must be told
+    with contextlib.suppress(OSError):  # somebody has put something there meanwhile
+        for folder in folders[1:]:
+            folder.rmdir()

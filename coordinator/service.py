@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator import artifacts, auth, logs
-from coordinator.admission import violations_of
+from coordinator.admission import NotAllowed, violations_of
 from coordinator.answers import STREAMS_AT_MOST, answer, answer_stream
 from coordinator.changes import Changes
 from coordinator.controller import Controller
@@ -65,7 +65,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if len(request.request_id) > REQUEST_ID_AT_MOST:
             raise Refused("InvalidRequest", f"request_id is longer than {REQUEST_ID_AT_MOST} characters")
         if faults := violations_of(request.spec, self._data_roots, self._slots):
-            raise Refused("InvalidJob", "\n".join(f"{path}: {message}" for path, message in faults), faults)
+            reason = "DataNotAllowed" if all(isinstance(fault, NotAllowed) for fault in faults) else "InvalidJob"
+            raise Refused(reason, "\n".join(f"{path}: {message}" for path, message in faults), faults)
         spec = resolve(request.spec)
         if request.validate_only:
             return pb.SubmitJobResponse(job=job_pb2.Job(spec=spec))

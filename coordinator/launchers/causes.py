@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 import signal
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 LAUNCHER_LOG = "launcher.log"
 ERROR_PREFIX = "error: "
 LAST_LINES = 10
+SAID_BY_RANKS = ("RankFailed", "RanksFailed")
 
 # What mpirun says -> our reason and one line. Groups: rank, host, signal, code, path as they occur.
 KILLED = re.compile(
@@ -51,11 +52,23 @@ class Cause:
     rank: int | None = None
     exit_code: int | None = None
     signal: str | None = None  # its name, such as SIGKILL
-    last_lines: tuple[str, ...] = ()  # of the rank's log, of rank 0's where that is empty, else of the launcher's
+    # Of the rank's log, of rank 0's where that is empty, of all ranks' where it was mpirun that was killed, else of the
+    # launcher's; without what the message tells.
+    last_lines: tuple[str, ...] = ()
+
+    @property
+    def told_whole(self) -> bool:
+        """Whether a rank said itself what was wrong and the logs' last lines add nothing to it."""
+        return self.reason in SAID_BY_RANKS and not self.last_lines
 
 
 def explain(exit_code: int, log_dir: Path) -> Cause:
     """The cause of a launch that ended with `exit_code`, as Running.poll gives it: negative for a signal."""
+    cause = _cause(exit_code, log_dir)
+    return replace(cause, last_lines=tuple(line for line in cause.last_lines if not _is_told(line, cause.message)))
+
+
+def _cause(exit_code: int, log_dir: Path) -> Cause:
     launcher_lines = _lines(log_dir / LAUNCHER_LOG)
     logs = {rank: _lines(path) for rank, path in rank_logs(log_dir).items()}
     said = " ".join(" ".join(launcher_lines).split())
@@ -69,7 +82,8 @@ def explain(exit_code: int, log_dir: Path) -> Cause:
         return Cause("RankFailed", line, _own_rank(line), exit_code, None, _last(launcher_lines))
     if exit_code < 0:
         message = f"mpirun was killed by {signal_words(-exit_code)}, and its ranks with it"
-        return Cause("LauncherKilled", message, None, None, signal_name(-exit_code), _last(launcher_lines))
+        last_lines = _last_of_each(logs) or _last(launcher_lines)
+        return Cause("LauncherKilled", message, None, None, signal_name(-exit_code), last_lines)
     for pattern, reason, message in LAUNCHER_FAULTS:
         if match := pattern.search(said):
             return Cause(reason, message.format(**match.groupdict()), None, exit_code, None, _last(launcher_lines))
@@ -139,6 +153,12 @@ def _error_line(lines: list[str]) -> str | None:
     return "; ".join(line.removeprefix(ERROR_PREFIX) for line in lines[first : last + 1])
 
 
+def _is_told(line: str, message: str) -> bool:
+    """Whether the message already has the line: as one of the errors, or as the final words behind a bare exit code."""
+    words = line.removeprefix(ERROR_PREFIX).strip()
+    return bool(words) and (words in message if line.startswith(ERROR_PREFIX) else message.endswith(f": {words}"))
+
+
 def _final_words(lines: list[str]) -> str:
     """A log's last line that says something, to go behind a bare exit code."""
     words = next((line.strip() for line in reversed(lines) if line.strip(" -")), "")
@@ -155,3 +175,10 @@ def _lines(path: Path) -> list[str]:
 
 def _last(lines: list[str]) -> tuple[str, ...]:
     return tuple(lines[-LAST_LINES:])
+
+
+def _last_of_each(logs: dict[int, list[str]]) -> tuple[str, ...]:
+    """How far every rank was, in LAST_LINES at most unless there are more ranks than that."""
+    speaking = {rank: lines for rank, lines in logs.items() if lines}
+    share = max(1, LAST_LINES // max(1, len(speaking)))
+    return tuple(f"rank-{rank} | {line}" for rank, lines in speaking.items() for line in lines[-share:])

@@ -105,10 +105,6 @@ def test_a_job_that_is_not_there_is_named(ask):
         )
 
 
-def test_a_job_that_fails_says_why_and_shows_its_last_lines(ask):
+def test_a_job_that_fails_says_why_once(ask):
     done = ask("submit", "job.yaml", "--watch", "--set", "data.train={npz: {path: none.npz}}", code=1)
-    first, *rest = done.stderr.splitlines()
-    assert re.match(r"error: job \S+ is FAILED: .*none\.npz", first)
-    assert rest
-    assert all(line.startswith("  ") for line in rest)
-    assert "Traceback" not in done.stderr
+    assert re.fullmatch(r"error: job \S+ is FAILED: .*none\.npz.*\n", done.stderr)

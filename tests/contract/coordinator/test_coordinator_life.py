@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -14,6 +15,8 @@ import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
+from coordinator.addresses import Address
+from coordinator.serve import CannotServe, running
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, job_pb2
 
@@ -159,6 +162,30 @@ def test_a_port_in_use_is_one_line_and_exit_code_1(serving, state, option) -> No
     assert errors == (
         f"error: {option}: cannot listen on {address}: Address already in use; choose another with {option} HOST:PORT\n"
     )
+
+
+@pytest.mark.parametrize("option", ["listen", "http"])
+def test_a_refused_start_leaves_no_state_folder_that_was_not_there(settings, tmp_path, option) -> None:
+    (tmp_path / "mine").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        changed = {option: Address("127.0.0.1", taken.getsockname()[1])}
+        for folder in ("state", "mine/new/state"):
+            with pytest.raises(CannotServe), running(replace(settings, state=tmp_path / folder, **changed)):
+                pass
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_refused_start_leaves_a_state_folder_that_was_there(settings) -> None:
+    with running(settings):
+        pass
+    before = sorted(settings.state.iterdir())
+    assert settings.state / "paceline.sqlite" in before
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        changed = replace(settings, listen=Address("127.0.0.1", taken.getsockname()[1]))
+        with pytest.raises(CannotServe), running(changed):
+            pass
+    assert sorted(settings.state.iterdir()) == before
 
 
 def test_listening_for_others_warns_that_nobody_is_asked_who_they_are(serving, state) -> None:

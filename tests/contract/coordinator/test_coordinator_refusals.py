@@ -62,11 +62,15 @@ def test_data_outside_the_allowed_roots_is_refused(serve_with, refused, tmp_path
     talk = serve_with(data_roots=(tmp_path,))
     spec = talk.spec("good")
     spec.data.train.npz.path = "/etc/passwd"
-    with refused(grpc.StatusCode.INVALID_ARGUMENT, "InvalidJob") as no:
+    with refused(grpc.StatusCode.PERMISSION_DENIED, "DataNotAllowed") as no:
         talk.stub.SubmitJob(pb.SubmitJobRequest(spec=spec), timeout=DEADLINE_SECONDS)
     ((field, description),) = no.fields
     assert field == "data.train.npz.path"
     assert str(tmp_path) in description
+    spec.optimizer.sgd.learning_rate = -1  # with a fault of its own the job is a bad one
+    with refused(grpc.StatusCode.INVALID_ARGUMENT, "InvalidJob") as no:
+        talk.stub.SubmitJob(pb.SubmitJobRequest(spec=spec), timeout=DEADLINE_SECONDS)
+    assert [field for field, _ in no.fields] == ["optimizer.sgd.learning_rate", "data.train.npz.path"]
 
 
 def test_checking_only_stores_nothing_and_shows_the_defaults(talk) -> None:

@@ -69,6 +69,15 @@ def test_the_coordinators_violations_are_a_line_each(ask, refuse, job_file):
     )
 
 
+def test_data_the_coordinator_may_not_read_is_not_allowed_and_named_at_its_place(ask, refuse, job_file):
+    refuse(
+        grpc.StatusCode.PERMISSION_DENIED, "not there", ("data.train.npz.path", "'/etc/passwd' is not under a folder")
+    )
+    done = ask("submit", str(job_file))
+    words = "error: data.train.npz.path: '/etc/passwd' is not under a folder\n"
+    assert (done.code, done.err) == (ExitCode.NOT_ALLOWED, words)
+
+
 @pytest.mark.parametrize(
     ("code", "exit_code"),
     [

@@ -76,6 +76,13 @@ def test_where_the_killed_rank_wrote_nothing_the_lines_of_rank_0_say_how_far_the
     assert explained(137, "rank_killed", {0: "epoch 3/9\n", 1: ""}).last_lines == ("epoch 3/9",)
 
 
+def test_a_killed_mpirun_comes_with_the_last_lines_of_every_rank_that_said_something(explained):
+    lines = [f"step {number}" for number in range(30)]
+    cause = explained(-9, "launcher_killed", {0: "\n".join(lines) + "\n", 1: "warning\n", 2: ""})
+    assert cause.reason == "LauncherKilled"
+    assert cause.last_lines == (*(f"rank-0 | {line}" for line in lines[-LAST_LINES // 2 :]), "rank-1 | warning")
+
+
 def test_a_killed_rank_is_the_cause_and_not_the_peers_that_noticed(explained):
     cause = explained(137, "rank_killed", {0: "error: rank 0 of 2 on vm: rank 1 is gone\n", 1: "epoch 1\n"})
     assert cause.message == "rank 1 on vm was killed by signal 9 (SIGKILL)"
@@ -91,7 +98,7 @@ def test_an_error_that_names_its_rank_is_found_in_whatever_log(explained):
         1, "rank_aborted", {0: "epoch 1\n", 1: "warning\nerror: rank 1 of 2 on vm: the label 12 is no class\n"}
     )
     assert (cause.rank, cause.message) == (1, "rank 1 of 2 on vm: the label 12 is no class")
-    assert cause.last_lines[0] == "warning"
+    assert cause.last_lines == ("warning",)  # the error is the message: it is not said twice
 
 
 def test_an_error_rank_0_says_for_all_names_no_rank(explained):
@@ -105,7 +112,23 @@ def test_an_error_of_another_rank_alone_is_given_its_number(explained):
 
 def test_all_faults_of_a_job_file_stay_together(explained):
     said = {0: "starting\nerror: loss: 'x' is unknown\nerror: training.epochs: 0 is not at least 1\n"}
-    assert explained(2, None, said).message == "loss: 'x' is unknown; training.epochs: 0 is not at least 1"
+    cause = explained(2, None, said)
+    assert cause.message == "loss: 'x' is unknown; training.epochs: 0 is not at least 1"
+    assert cause.last_lines == ("starting",)
+
+
+@pytest.mark.parametrize(
+    ("exit_code", "recording", "logs", "told_whole"),
+    [
+        (1, None, {0: "error: a.npz: No such file\n"}, True),
+        (1, "rank_aborted", {0: "", 1: "error: rank 1 of 2 on vm: the label 12 is no class\n"}, True),
+        (1, None, {0: "warning\nerror: a.npz: No such file\n"}, False),
+        (137, "rank_killed", {0: "", 1: ""}, False),
+        (1, None, {}, False),
+    ],
+)
+def test_only_what_a_rank_said_itself_and_nothing_else_is_told_whole(explained, exit_code, recording, logs, told_whole):
+    assert explained(exit_code, recording, logs).told_whole is told_whole
 
 
 def test_a_traceback_without_an_error_line_gives_its_last_line(tmp_path):
@@ -115,6 +138,7 @@ def test_a_traceback_without_an_error_line_gives_its_last_line(tmp_path):
     cause = explain(1, tmp_path)
     assert (cause.reason, cause.rank) == ("RankAborted", 1)
     assert cause.message == "rank 1 stopped the job: ValueError: no such thing"
+    assert cause.last_lines == ("Traceback (most recent call last):", "  File ...")
 
 
 def test_no_log_folder_at_all_is_still_explained(tmp_path):
