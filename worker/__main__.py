@@ -53,7 +53,8 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("folder", type=Path, metavar="DIR")
     verb.add_argument("input", type=Path, metavar="INPUT", help="features: .npy, .npz (array x), .csv, or idx")
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
-    verb.add_argument("--format", choices=("csv", "npz", "jsonl"), help="else by the ending of FILE; CSV without one")
+    verb.add_argument("--format", choices=("csv", "npz", "jsonl", "json"),
+                      help="json is JSON lines too; else by the ending of FILE; CSV without one")  # fmt: skip
 
     verb = verbs.add_parser("export", help="the model of a finished run in a format that other programs read")
     verb.add_argument("folder", type=Path, metavar="DIR")
@@ -79,9 +80,8 @@ def main() -> None:
     except KeyboardInterrupt:
         code = fail("interrupted", ExitCode.FAILED)
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), 1
-        )  # the reader left, as `head` does; Python flushes once more at exit
+        # The reader left, as `head` does; Python flushes once more at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         code = ExitCode.FAILED
     sys.stdout.flush()
     sys.exit(code)

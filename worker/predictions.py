@@ -26,13 +26,15 @@ def write_csv(batches: Iterable[np.ndarray], output_shape: tuple[int, ...], labe
     names = ["label"] if positions is None else [f"label_{position}" for position in range(positions)]
     width = int(np.prod(output_shape))
     text = io.TextIOWrapper(file, encoding="utf-8", newline="", write_through=True)
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([*(names if labels else []), *(f"output_{index}" for index in range(width))])
-    for outputs in batches:
-        predicted = outputs.argmax(axis=-1).reshape(len(outputs), -1)
-        for label, row in zip(predicted.tolist(), outputs.reshape(len(outputs), width), strict=True):
-            writer.writerow([*(label if labels else []), *(f"{value:.7g}" for value in row)])
-    text.detach()
+    try:
+        writer = csv.writer(text, lineterminator="\n")
+        writer.writerow([*(names if labels else []), *(f"output_{index}" for index in range(width))])
+        for outputs in batches:
+            predicted = outputs.argmax(axis=-1).reshape(len(outputs), -1)
+            for label, row in zip(predicted.tolist(), outputs.reshape(len(outputs), width), strict=True):
+                writer.writerow([*(label if labels else []), *(f"{value:.7g}" for value in row)])
+    finally:
+        text.detach()  # or it would close the caller's file, also when that one's reader has left
 
 
 def write_json_lines(
@@ -66,6 +68,8 @@ def choose_writer(form: str | None, path: Path | None) -> Writer:
     """
     if form is None:
         form = path.suffix.lower().removeprefix(".") if path else "csv"
+    elif form == "json":
+        form = "jsonl"
     if form not in WRITERS:
         endings = ", ".join(f".{name}" for name in WRITERS)
         raise UsageFault(f"{path}: its ending is none of {endings}; give it one, or say --format")

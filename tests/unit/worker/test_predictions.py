@@ -49,9 +49,21 @@ def test_json_lines_hold_no_nan():
 
 def test_the_form_goes_by_the_option_then_the_ending_then_csv():
     assert choose_writer("jsonl", Path("a.csv")) is WRITERS["jsonl"]
+    assert choose_writer("json", None) is WRITERS["jsonl"]
     assert choose_writer(None, Path("a.NPZ")) is WRITERS["npz"]
     assert choose_writer(None, None) is WRITERS["csv"]
     with pytest.raises(UsageFault, match=re.escape("a.txt: its ending is none of .csv, .npz, .jsonl")):
         choose_writer(None, Path("a.txt"))
     with pytest.raises(UsageFault, match="name a file with -o"):
         choose_writer("npz", None)
+
+
+def test_csv_leaves_the_callers_file_open_also_when_its_reader_has_left():
+    class Left(io.BytesIO):
+        def write(self, data) -> int:
+            raise BrokenPipeError
+
+    file = Left()
+    with pytest.raises(BrokenPipeError):
+        WRITERS["csv"]([np.zeros((1, 2), np.float32)], (2,), True, file)
+    assert not file.closed
