@@ -36,8 +36,8 @@ class Case(NamedTuple):
         return int(options["units"])
 
     def shortened(self) -> "Case":
-        """The same with an epoch of four steps of two ranks, for a smoke run."""
-        return self._replace(samples=8 * self.batch_size)
+        """The same with an epoch of at most eight steps of two ranks, as many as the CNN needs to learn something."""
+        return self._replace(samples=min(self.samples, 16 * self.batch_size))
 
 
 def mlp(name: str, units: tuple[int, ...], batch_size: int, samples: int) -> Case:
