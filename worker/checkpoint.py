@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,8 +88,11 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = "name another folder with -o") -> Iterator[Path]:
     """A temporary file beside `path` to write to; when the block ends well it is on disk and takes the path's name.
+
+    Args:
+        remedy: what a person can do beside freeing space, for the message.
 
     Raises:
         CheckpointFault: the disk refused; the old file is untouched and the temporary one gone.
@@ -101,11 +104,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
     except OSError as error:
-        raise CheckpointFault(
-            f"{path}: cannot be written: {error.strerror}; free some space or name another folder with -o"
-        ) from error
+        raise CheckpointFault(f"{path}: cannot be written: {error.strerror}; free some space or {remedy}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where not even that can be asked, there is nothing, and the fault above says why
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
