@@ -35,12 +35,14 @@ def channels_last(tensor):
     channels=st.integers(1, 40),
     momentum=st.floats(0.01, 1),
     center=st.floats(-20, 20),
+    block=st.integers(1, 9),
     seed=st.integers(0, 2**32 - 1),
 )
-def test_steps_and_evaluation_equal_torch_s(dtype, samples, lead, channels, momentum, center, seed):
+def test_steps_and_evaluation_equal_torch_s(dtype, samples, lead, channels, momentum, center, block, seed):
     random = np.random.default_rng(seed)
     options = job_pb2.BatchNormLayer(momentum=momentum, epsilon=1e-2, synchronized=False)
     layer = LAYERS["batch_norm"](options, (*lead, channels))
+    layer.block = block  # rows: few, so that there are several blocks
     values = [random.standard_normal(channels).astype(dtype) for _ in range(2)]
     gradients = [np.full_like(value, np.nan) for value in values]
     layer.attach(values, gradients)
