@@ -258,8 +258,9 @@ def _pieces_beside_synchronized(spec: JobSpec) -> Violation | None:
 def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
     """The path of the first layer that is synchronized over the workers."""
     for index, layer in enumerate(layers):
-        place = f"{path}[{index}].{chosen_option(layer)}"
-        if layer.batch_norm.synchronized:
+        kind = chosen_option(layer)
+        place = f"{path}[{index}].{kind}"
+        if kind and getattr(getattr(layer, kind), "synchronized", False):
             return place
         if layer.HasField("residual") and (inside := _synchronized_layer(layer.residual.layers, f"{place}.layers")):
             return inside

@@ -287,15 +287,33 @@ NETWORKS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", NETWORKS)
-def test_ranks_without_samples_take_part_whatever_the_layers_are(name):
-    """Three ranks of which one or two have nothing, against one with everything: same gradient, same state."""
+def network_and_batch(name):
+    """The layers with normalizations between them, and 6 samples."""
     shape, layers = NETWORKS[name]
     dense = layer_of("dense", units=4, bias=True)
     network = [layers[0], norm(True), *layers[1:], dense, norm(True), layer_of("dense", units=3, bias=True)]
     random = np.random.default_rng(1)
     x = random.integers(0, 7, (6, *shape)).astype(np.float64) if name == "sequence" else random.random((6, *shape))
-    labels = random.integers(0, 3, 6)
+    return network, shape, x, random.integers(0, 3, 6)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_beside_any_layer_the_gradient_equals_the_difference(difference, name):
+    network, shape, x, labels = network_and_batch(name)
+    model, parameters, gradient = build(network, shape)
+    random = np.random.default_rng(2)
+    parameters += 0.3 * random.standard_normal(len(parameters))
+    direction = random.standard_normal(len(parameters))
+    model.forward(x, labels, MOMENT)
+    model.backward()
+    numeric = difference(lambda: model.forward(x, labels, MOMENT).loss, parameters, direction)
+    assert gradient @ direction == pytest.approx(numeric, rel=1e-5, abs=1e-7)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_ranks_without_samples_take_part_whatever_the_layers_are(name):
+    """Three ranks of which one or two have nothing, against one with everything: same gradient, same state."""
+    network, shape, x, labels = network_and_batch(name)
 
     def step(low, high, reduce):
         model, _, gradient = build(network, shape, reduce=reduce)

@@ -82,7 +82,9 @@ class StatefulLayer(Protocol):
 
     state: tuple[Parameter, ...]  # arrays by name, shape and `initial` value
     sum_count: int  # float64 sums that `forward` leaves in training
-    synchronized: bool  # calls `reduce`, so ranks without samples run it on an empty batch, and pieces are refused
+    # It calls `reduce` in a step: ranks without samples then run it on an empty batch. Where the job file decides, the
+    # field is called `synchronized` too, and the job's rules refuse micro_batch beside it.
+    synchronized: bool
 
     def check_batch(self, at_once: int, batch: int) -> None:
         """ModelFault where so few samples, in a rank at once and in the whole batch, cannot train the layer."""
