@@ -99,6 +99,16 @@ def _layer_norm(graph: Graph, placed: Placed) -> None:
     graph.add("LayerNormalization", *_parameters(graph, placed), axis=-1, epsilon=float(_layer(placed).epsilon))
 
 
+def _batch_norm(graph: Graph, placed: Placed) -> None:
+    """(x - m) w / sqrt(v + epsilon) + b with the running mean m and variance v."""
+    layer = _layer(placed)
+    mean, variance = layer.running_mean, layer.running_variance
+    graph.add("Sub", graph.parameter("running_mean", mean))
+    factor = layer.weight / np.sqrt(variance.astype(np.float64) + layer.epsilon)
+    graph.add("Mul", graph.parameter("factor", factor.astype(np.float32)))
+    graph.add("Add", graph.parameter("bias", layer.bias))
+
+
 def _residual(graph: Graph, placed: Placed) -> None:
     given = graph.current
     place = graph.place
@@ -161,6 +171,7 @@ NODES: Final[dict[str, Callable[[Graph, Placed], object]]] = {
     "elu": lambda graph, placed: graph.add("Elu", alpha=float(_layer(placed).alpha)),
     "softplus": lambda graph, placed: graph.add("Softplus"),
     "layer_norm": _layer_norm,
+    "batch_norm": _batch_norm,
     "residual": _residual,
     "dropout": lambda graph, placed: None,
     "embedding": _embedding,

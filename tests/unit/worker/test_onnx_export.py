@@ -40,6 +40,7 @@ MODELS = {
     "average_pool2d": (IMAGE, f"{{average_pool2d: {{size: 3, stride: 2, padding: same}}}}, {LAST}"),
     "global_average_pool": (IMAGE, f"{{conv2d: {{filters: 4, kernel: 3, bias: false}}}}, global_average_pool, {LAST}"),
     "layer_norm": (SEQUENCE, f"{{layer_norm: {{epsilon: 0.01}}}}, {LAST}"),
+    "batch_norm": (IMAGE, f"{{batch_norm: {{epsilon: 0.01}}}}, {LAST}"),
     "residual": (SEQUENCE, f"{{residual: {{layers: [layer_norm, {{residual: {{layers: [relu]}}}}]}}}}, {LAST}"),
     "dropout": (SEQUENCE, f"dropout, {LAST}, dropout"),
     "positions": (SEQUENCE, f"positions, {LAST}"),
@@ -71,6 +72,8 @@ def trained(shape, layers, loss="huber", preprocessing=PLAIN, deviation=0.5):
     if deviation == 0:
         model.initialize(seed=3)
     parameters += np.random.default_rng(1).normal(0, deviation or 0.02, model.parameter_count).astype(np.float32)
+    for values in model.named_state().values():
+        values[...] = np.random.default_rng(4).uniform(0.5, 2, values.shape)
     return TrainedModel(model, preprocessing, job)
 
 
