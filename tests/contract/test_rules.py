@@ -38,7 +38,7 @@ def test_an_empty_job_lacks_each_required_part_and_says_what_it_takes() -> None:
         f"model: is required: at least one of {LAYERS}",
         "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy, huber,"
         " mean_absolute_error",
-        "optimizer: is required: one of sgd, momentum, adam, adamw, rmsprop, adagrad, lion",
+        "optimizer: is required: one of sgd, momentum, adam, adamw, rmsprop, adagrad, lion, lamb",
     ]
 
 
