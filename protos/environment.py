@@ -9,6 +9,6 @@ JOB_ATTEMPT = "PACELINE_JOB_ATTEMPT"
 JOB_TOKEN = "PACELINE_JOB_TOKEN"
 SERVER_ADDRESS = "PACELINE_SERVER"  # what client verbs take when --server is absent
 
-# The pip-installed Open MPI probes UCX for a second at start and prints errors about it. Where there is no InfiniBand to
-# be had, naming the transports saves that second.
+# The pip-installed Open MPI probes UCX for a second at start and prints errors about it. Where there is no InfiniBand,
+# naming the transports saves that second.
 FAST_START = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}

@@ -133,7 +133,10 @@ def test_an_infinite_validation_loss_stops_the_run_and_keeps_the_checkpoint_befo
 def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_folder(run_ranks, data, tmp_path) -> None:
     job = write_job(tmp_path, data, "sgd", training={"epochs": 1})
     wild = [job, "-o", tmp_path / "out", "--set", "optimizer.sgd.learning_rate=1e38"]
-    assert run_ranks(1, ["-m", "worker", "train", *wild]).returncode == 1
+    diverged = run_ranks(1, ["-m", "worker", "train", *wild])
+    assert diverged.returncode == 1
+    assert "step 2 (epoch 1): the loss is" in diverged.stderr
+    assert "Warning" not in diverged.stderr, "what overflows is said once"
     resumed = run_ranks(1, ["-m", "worker", "train", job, "-o", tmp_path / "out", "--resume"])
     assert resumed.returncode == 2
     assert "leave --resume out to start anew" in resumed.stderr
