@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from protos import job_pb2
 from worker import optimizers
+from worker.engine.model import Model
 from worker.errors import UsageFault
 from worker.optimizers import base_learning_rate, make_optimizer
 from worker.trust_ratio import add_square_sums, scale, tensors_within, trust_ratios
@@ -160,11 +161,65 @@ def test_slices_that_stay_in_cache_change_no_bit(name, monkeypatch):
     np.testing.assert_array_equal(run(SPECS[name], np.float32), whole)
 
 
-def test_weight_decay_leaves_biases_alone():
-    optimizer = make_optimizer(SPECS["adamw"])
-    parameters, state = np.ones(4, np.float32), optimizer.init(4, np.float32)
-    optimizer.update(parameters, np.zeros(4, np.float32), state, 1, 0.5, [(0, 2)])
-    np.testing.assert_allclose(parameters, [0.9, 0.9, 1, 1], rtol=1e-6)  # 1 - 0.5 * 0.2
+def test_the_optimizers_that_decay_weights_are_those_with_the_setting():
+    assert {name for name in SPECS if has_decay(name)} == {"adamw", "lion", "lamb"}
+
+
+@pytest.mark.parametrize("name", ["adamw", "lion", "lamb"])
+def test_weight_decay_shrinks_weights_and_leaves_biases_alone(name):
+    """Without a gradient W becomes (1 - eta lambda) W; lamb's ratio of |W| to |lambda W| takes lambda out of it."""
+    optimizer = make_optimizer(SPECS[name])
+    parameters, gradient, state = np.ones(4, np.float32), np.zeros(4, np.float32), optimizer.init(4, np.float32)
+    if optimizer.direct:
+        optimizer.direct(parameters, gradient, state, 1, [(0, 2)])
+        sums = np.zeros((1, 2))
+        add_square_sums(sums, parameters, gradient, [(0, 2)])
+        scale(gradient, [(0, 2)], trust_ratios(sums))
+    optimizer.update(parameters, gradient, state, 1, 0.5, [(0, 2)])
+    shrunk = 1 - 0.5 * (1 if name == "lamb" else 0.2)
+    np.testing.assert_allclose(parameters, [shrunk, shrunk, 1, 1], rtol=1e-6)
+
+
+def has_decay(name):
+    kind = SPECS[name].WhichOneof("kind")
+    return "weight_decay" in getattr(SPECS[name], kind).DESCRIPTOR.fields_by_name
+
+
+def test_matrices_decay_biases_and_normalizations_do_not():
+    """As people set PyTorch's AdamW up: what multiplies decays (weights, kernels, and the tables of tokens and places).
+
+    Biases and a normalization's factors do not: pulled to 0 they would change what the network can say, not its size.
+    """
+    block = job_pb2.Layer()
+    block.residual.layers.add().layer_norm.epsilon = 1e-5
+    block.residual.layers.add().attention.heads = 2
+    block.residual.layers.add().linear.units = 4
+    layers = [job_pb2.Layer(embedding=job_pb2.EmbeddingLayer(vocabulary=9, units=4))]
+    layers += [job_pb2.Layer(positions=job_pb2.PositionsLayer()), block]
+    layers += [job_pb2.Layer(dense=job_pb2.DenseLayer(units=3, bias=True))]
+    loss = job_pb2.Loss(softmax_cross_entropy=job_pb2.SoftmaxCrossEntropyLoss(label_smoothing=0))
+    text = Model(layers, loss, (5,))
+    kernel = job_pb2.Conv2dLayer(filters=2, kernel=[3], stride=[1], padding="valid", bias=True)
+    image = Model([job_pb2.Layer(conv2d=kernel), layers[-1]], loss, (8, 8, 1))
+    decays = {slot.name: slot.decayed for model in (text, image) for slot in model.slots}
+    assert decays == {
+        "0.embedding.weight": True,
+        "1.positions.weight": True,
+        "2.residual.0.layer_norm.weight": False,
+        "2.residual.0.layer_norm.bias": False,
+        "2.residual.1.attention.in_weight": True,
+        "2.residual.1.attention.in_bias": False,
+        "2.residual.1.attention.out_weight": True,
+        "2.residual.1.attention.out_bias": False,
+        "2.residual.2.linear.weight": True,
+        "2.residual.2.linear.bias": False,
+        "3.dense.weight": True,
+        "3.dense.bias": False,
+        "0.conv2d.weight": True,
+        "0.conv2d.bias": False,
+        "1.dense.weight": True,
+        "1.dense.bias": False,
+    }
 
 
 def test_states_are_named_zeros_of_the_length_asked_for():
