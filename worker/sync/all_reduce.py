@@ -68,6 +68,7 @@ class AllReduceExchange:
         self._optimizer = optimizer
         self.parameters = node.shared(parameter_count, np.float32)
         segments = node.segments(parameter_count, np.float32)
+        self._segments = segments
         self.gradient = segments[node.rank]
         self._total_segments = node.segments(total_count, np.float64)
         self._node_totals = node.shared(total_count, np.float64)
@@ -153,11 +154,20 @@ class AllReduceExchange:
         self.totals[:] = self._node_totals
 
     def gather_state(self) -> dict[str, np.ndarray]:
-        """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective."""
+        """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
+
+        Valid until the next step: one rank alone gives its own arrays, and several gather into the memory of the
+        node's gradients, which hold nothing between steps, as far as that reaches.
+        """
+        if self.node.size == 1:
+            return dict(sorted(self.state.items()))
         whole = {}
-        for name, own in sorted(self.state.items()):
+        room = itertools.chain(self._segments, itertools.repeat(None))
+        for (name, own), segment in zip(sorted(self.state.items()), room, strict=False):
             counts = self.node.comm.allgather(int(own.size))
-            everything = np.empty(sum(counts) if self.node.rank == 0 else 0, own.dtype)
+            everything = np.empty(0, own.dtype)
+            if self.node.rank == 0:
+                everything = np.empty_like(self.parameters) if segment is None else segment
             self.node.comm.Gatherv(own, (everything, counts) if self.node.rank == 0 else None, root=0)
             whole[name] = everything
         return whole
