@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 import numpy as np
-import pyarrow
+import pyarrow as pa
 import pytest
 from pyarrow import parquet
 from safetensors.numpy import save_file
@@ -78,7 +78,7 @@ CASES = {
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "text.txt").write_text("hello\n" * 4)
-    parquet.write_table(pyarrow.table({"a": [1, 2, 3], "b": [0, 1, 0]}), tmp_path / "table.parquet")
+    parquet.write_table(pa.table({"a": [1, 2, 3], "b": [0, 1, 0]}), tmp_path / "table.parquet")
     save_file({"x": np.zeros(3, np.float32)}, tmp_path / "other.safetensors")
     return tmp_path
 
