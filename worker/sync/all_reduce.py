@@ -61,7 +61,7 @@ class AllReduceExchange:
         total_count: int,
         clip_norm: float = 0.0,
     ) -> None:
-        self.note = _leave_shared_memory_if_short(world, parameter_count)
+        self.note = _leave_shared_memory_if_short(world, parameter_count, total_count)
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -284,10 +284,10 @@ def _sum(chunk: Chunk) -> None:
         np.add(chunk.total, gradient, out=chunk.total)
 
 
-def _leave_shared_memory_if_short(world: World, parameter_count: int) -> str | None:
+def _leave_shared_memory_if_short(world: World, parameter_count: int, total_count: int) -> str | None:
     """Make every rank its own node where the windows would not fit; returns the reason on the rank that saw it."""
     local_ranks = world.node_comm.Get_size()
-    needed = 4 * parameter_count * (local_ranks + 1) + (1 << 20)
+    needed = (4 * parameter_count + 8 * total_count) * (local_ranks + 1) + (1 << 20)
     shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
     if any(world.gather_everywhere(shortage is not None)):
         world.split_nodes_into_ranks()

@@ -91,7 +91,7 @@ class Embedding:
 
     def _within(self, x: FloatArray) -> bool:
         """Written so that nan fails too."""
-        return bool(x.min() >= 0 and x.max() < self.vocabulary)
+        return bool(x.min(initial=0) >= 0 and x.max(initial=0) < self.vocabulary)
 
     def _refuse(self, x: FloatArray) -> NoReturn:
         value = float(x[self.wrong_tokens(x)][0])
