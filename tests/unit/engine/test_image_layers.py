@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from worker.engine import chain
 from worker.engine.layers import LAYERS, conv2d, pooling
 from worker.engine.model import Model
 from worker.errors import ModelFault
@@ -102,6 +103,26 @@ def test_of_equal_values_in_a_window_the_first_takes_the_gradient(engine: Any) -
     case = made(engine, "max_pool2d: {size: 2}", (2, 2, 1), 1, 0)
     case.layer.forward(np.array([1.0, 3, 3, 3]).reshape(1, 2, 2, 1))
     assert case.layer.backward_input(np.full((1, 1, 1, 1), 5.0)).ravel().tolist() == [0, 5, 0, 0]
+
+
+@pytest.mark.parametrize("pool", ["{size: 2}", "{size: 3, stride: 2, padding: same}", "{size: [1, 2], stride: [2, 3]}"])
+def test_relu_run_behind_the_pooling_changes_nothing(engine: Any, pool: str) -> None:
+    """Also where all of a window is 0 behind ReLU, and where its largest values are equal."""
+    words = ["conv2d: {filters: 3, kernel: 3}", "relu", f"max_pool2d: {pool}", "relu", "relu", "dense:3"]
+    results = []
+    for as_written in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if as_written:
+                patch.setattr(chain, "run_order", lambda layers: list(range(len(layers))))
+            case = engine.build(words, LOSS, (9, 10, 2))
+        case.parameters[...] = np.round(case.parameters * 3)
+        features, labels = engine.draw_batch(case.model, 6, 5)
+        loss = case.model.forward(np.round(features), labels).loss
+        case.model.backward()
+        results.append((loss, case.gradient))
+        assert [placed.place for placed in case.model.layers[:3]] == ["0.conv2d", "1.relu", "2.max_pool2d"]
+    assert results[0][0] == results[1][0]
+    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_a_network_of_images_learns_by_the_difference_and_leaves_its_features_alone(
