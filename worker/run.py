@@ -92,7 +92,9 @@ def run_job(
         doing=watchdog.doing,
     )
     try:
-        result = train(world, job, prepared, exchange, start, observers)
+        # What overflows ends in a loss or a weight that is not finite, which is reported by step.
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = train(world, job, prepared, exchange, start, observers)
         if result.stopped:
             say(result.stopped)
         watchdog.doing("writing the results")

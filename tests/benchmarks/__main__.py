@@ -16,7 +16,7 @@ from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, MATRIX_PRODUCTS, ONE_RANK, Contender, Run
 from tests.benchmarks.data_set import write_data
 from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
-from tests.benchmarks.measurement import BenchmarkFailed, Measurement
+from tests.benchmarks.measurement import KERNEL_WISHES, BenchmarkFailed, Measurement
 from tests.benchmarks.rounds import Outcome, run_rounds
 from tests.benchmarks.table import (
     footprint_table,
@@ -122,6 +122,9 @@ def main() -> int:
             return 1
 
     facts = machine_facts(run.version for runs in results.values() for run in runs if run.version)
+    withheld = [f"{name}={os.environ[name]}" for name in KERNEL_WISHES if name in os.environ]
+    if withheld:
+        facts["withheld"] = f"{', '.join(withheld)}, so that every library chooses its own kernels"
     if warning:
         facts["warning"] = warning
     if arguments.quick:

@@ -20,6 +20,18 @@ ENVIRONMENT = {
     "MKL_NUM_THREADS": "1",
     "GLOO_SOCKET_IFNAME": "lo",
 }
+# A shell's wish for certain kernels would reach some contenders and not others: each library chooses for itself.
+KERNEL_WISHES = (
+    "ATEN_CPU_CAPABILITY",
+    "DNNL_MAX_CPU_ISA",
+    "MKL_CBWR",
+    "MKL_DEBUG_CPU_TYPE",
+    "MKL_ENABLE_INSTRUCTIONS",
+    "NPY_DISABLE_CPU_FEATURES",
+    "NPY_ENABLE_CPU_FEATURES",
+    "ONEDNN_MAX_CPU_ISA",
+    "OPENBLAS_CORETYPE",
+)
 DEADLINE_SECONDS = 180.0
 MOST_CORES = 1.05  # a thread keeps busy, with what the interpreter does beside it
 LAST_CHARACTERS = 2000  # of a failed run's output, shown
@@ -92,6 +104,12 @@ def read_measurement(stated: Mapping[str, Any], classes: int) -> Measurement:
     return Measurement(**{field: float(stated[field]) for field in FIGURES}, version=str(stated.get("version", "")))
 
 
+def make_environment(inherited: Mapping[str, str], command: Command) -> dict[str, str]:
+    """What a contender's process sees: all that is inherited but the wishes for kernels, one thread, its own."""
+    kept = {name: value for name, value in inherited.items() if name not in KERNEL_WISHES}
+    return {**kept, **ENVIRONMENT, **command.environment}
+
+
 def run_command(command: Command, folder: Path, deadline_seconds: float = DEADLINE_SECONDS) -> str:
     """Run it in `folder` in a session of its own and return its standard output.
 
@@ -100,7 +118,7 @@ def run_command(command: Command, folder: Path, deadline_seconds: float = DEADLI
     """
     process = subprocess.Popen(
         command.argv,
-        env={**os.environ, **ENVIRONMENT, **command.environment},
+        env=make_environment(os.environ, command),
         cwd=folder,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

@@ -233,10 +233,10 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
     [
         ("nmae: x", "nmae: is unknown; known here: name, data, model, .*; did you mean name?"),
         ("batchSize: 3", "batchSize: is unknown; known here: .*"),
-        ("optimizer: adm", "optimizer: 'adm' is not one of: sgd, .*, lion; did you mean adam?"),
+        ("optimizer: adm", "optimizer: 'adm' is not one of: sgd, .*, lamb; did you mean adam?"),
         ("optimizer: {adm: {}}", "optimizer.adm: is unknown; known here: sgd, .*; did you mean adam?"),
         ("optimizer: [adam]", "optimizer: holds a list where a mapping of these is expected: sgd, .*"),
-        ("optimizer: {}", "optimizer: names nothing; it takes one of: sgd, .*, lion"),
+        ("optimizer: {}", "optimizer: names nothing; it takes one of: sgd, .*, lamb"),
         ("model: dense", "model: holds a word where a list is expected"),
         ("model: []", "model: is required: at least one of dense, .*"),
         ("model: [dense]", "model[0].dense.units: is required"),

@@ -11,7 +11,15 @@ from protos.job_file import parse_job, to_dict
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, PEERS, Run, job, peer
 from tests.benchmarks.data_set import write_data
-from tests.benchmarks.measurement import BenchmarkFailed, Command, PeerAbsent, read_statement, run_command
+from tests.benchmarks.measurement import (
+    ENVIRONMENT,
+    BenchmarkFailed,
+    Command,
+    PeerAbsent,
+    make_environment,
+    read_statement,
+    run_command,
+)
 from tests.benchmarks.peers.stopwatch import Stopwatch, peak_memory_bytes, seconds_since_process_start
 from tests.benchmarks.products import Product, record_step, recording, time_products
 
@@ -107,6 +115,12 @@ def test_a_command_that_hangs_is_ended_at_its_deadline(tmp_path: Path) -> None:
 def test_every_process_gets_one_thread(tmp_path: Path) -> None:
     argv = (sys.executable, "-c", "import os; print(os.environ['OPENBLAS_NUM_THREADS'], os.environ['OMP_NUM_THREADS'])")
     assert run_command(Command(argv, {}), tmp_path) == "1 1\n"
+
+
+def test_no_contender_hears_a_wish_for_the_kernels_of_one() -> None:
+    inherited = {"OPENBLAS_CORETYPE": "Haswell", "MKL_DEBUG_CPU_TYPE": "5", "PATH": "/bin"}
+    seen = make_environment(inherited, Command((), {"OWN": "1"}))
+    assert seen == {"PATH": "/bin", "OWN": "1", **ENVIRONMENT}
 
 
 def test_a_peer_that_is_silent_or_babbles_is_refused(tmp_path: Path) -> None:

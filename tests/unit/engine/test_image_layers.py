@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.engine.layers import LAYERS, conv2d, pooling
+from worker.engine.layers.window import pair
 from worker.engine.model import Model
 from worker.errors import ModelFault
 
@@ -156,13 +157,7 @@ def test_a_step_on_images_allocates_nothing_big(engine: Any) -> None:
             "model[0].conv2d: kernel: 5 x 2 is larger than its image, got samples of shape (4, 6, 1); "
             "needs at most 4 x 6, or padding: same",
         ),
-        (
-            ["conv2d: {filters: 2, kernel: [3, 3, 3]}"],
-            (8, 8, 1),
-            "model[0].conv2d: kernel: [3, 3, 3] is not one number",
-        ),
         (["max_pool2d: {size: 2}", "max_pool2d: {size: 3}"], (4, 4, 1), "model[1].max_pool2d: size: 3 x 3 is larger"),
-        (["average_pool2d: {size: 2, stride: [1, 1, 1]}"], (4, 4, 1), "stride: [1, 1, 1] is not one number"),
         (
             ["dense:4", "global_average_pool"],
             (4, 4, 1),
@@ -176,6 +171,12 @@ def test_what_does_not_fit_is_named_with_what_it_got_and_needs(
 ) -> None:
     with pytest.raises(ModelFault, match=re.escape(message)):
         Model([engine.layer(word) for word in words], engine.loss_message(LOSS), shape)
+
+
+@pytest.mark.parametrize("values", [[], [0], [3, 3, 3]])
+def test_what_is_no_pair_is_refused_where_no_rule_was_asked(values: list[int]) -> None:
+    with pytest.raises(ModelFault, match=re.escape(f"kernel: {values} is not one number for both directions, or two")):
+        pair("kernel", values)
 
 
 def test_weights_are_drawn_for_the_rectifier_they_reach_and_by_the_fans_of_a_convolution(engine: Any) -> None:

@@ -152,8 +152,24 @@ def test_what_does_not_fit_the_model_is_refused(engine):
     with pytest.raises(ModelFault, match=re.escape("metrics[1].top_k_accuracy.k: 5 is more than the 3 classes")):
         MetricSums(asked("f1", "top_k_accuracy:5"), three, np.zeros(1, np.int64))
     flags = engine.build(["dense:3"], "binary_cross_entropy", (2,)).model
-    with pytest.raises(ModelFault, match="need one label a sample"):
-        MetricSums(asked("f1"), flags, np.zeros((1, 3)))
+    for unfit in ("top_k_accuracy:2", "confusion_matrix"):
+        place = re.escape(f"metrics[1].{unfit.partition(':')[0]}: needs one label a sample")
+        with pytest.raises(ModelFault, match=place + ".*takes precision, recall, f1"):
+            MetricSums(asked("f1", unfit), flags, np.zeros((1, 3)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(samples=st.integers(1, 40), outputs=st.integers(2, 5), parts=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_yes_or_no_outputs_are_counted_as_sklearn_counts_labels(engine, samples, outputs, parts, seed):
+    random = np.random.default_rng(seed)
+    logits = random.standard_normal((samples, outputs)) - np.linspace(0, 3, outputs)  # some outputs never say yes
+    wanted = (random.random((samples, outputs)) < 0.3).astype(np.float32)
+    values = counted(engine, ["precision", "recall", "f1"], "binary_cross_entropy", logits, wanted, parts)
+    for name in ("precision", "recall", "f1"):
+        score = getattr(sklearn, f"{name}_score")
+        for average, ours in (("macro", values[name]), (None, values[f"{name}_per_class"])):
+            theirs = score(wanted.astype(int), (logits > 0).astype(int), average=average, zero_division=0)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_a_metric_that_has_no_meaning_for_the_loss_breaks_a_rule():
