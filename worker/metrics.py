@@ -21,6 +21,10 @@ from worker.errors import ModelFault
 Values: TypeAlias = dict[str, Any]  # name -> a number, a number for each class, or a matrix; all of them JSON
 
 
+BYTES: Final = 256
+BLOCK_ROWS: Final = 4096
+
+
 class Batch(NamedTuple):
     """What a metric sees of some samples; the positions of sequences are rows like any other."""
 
@@ -40,7 +44,7 @@ class Metric(NamedTuple):
 def _top_k_accuracy(options: job_pb2.TopKAccuracyMetric, classes: int, center: np.ndarray) -> Metric:
     """Share of rows whose label is among the k highest outputs; of equal outputs the lower class comes first."""
     if options.k > classes:
-        raise ModelFault(f"k: {options.k} is more than the {classes} classes of the model")
+        raise ModelFault(f".k: {options.k} is more than the {classes} classes of the model")
 
     def sums(batch: Batch) -> np.ndarray:
         rows = np.arange(len(batch.targets))
@@ -158,6 +162,27 @@ def _r2(options: job_pb2.R2Metric, k: int, center: np.ndarray) -> Metric:
     return Metric(3 * k + 1, sums, values)
 
 
+def _bits_per_byte(options: job_pb2.BitsPerByteMetric, classes: int, center: np.ndarray) -> Metric:
+    """-log2 p of the byte that came, on average: the cross-entropy L in units of log 2, whatever the loss adds to it.
+
+    L = log sum_i e^(z_i - c) - (z_y - c) with c = max_i z_i, as at SoftmaxCrossEntropy.
+    """
+    if classes != BYTES:
+        raise ModelFault(f": needs the {BYTES} classes of bytes, and the model has {classes}: end with {BYTES} units")
+
+    def sums(batch: Batch) -> np.ndarray:
+        nats = 0.0
+        for first in range(0, len(batch.targets), BLOCK_ROWS):  # an evaluation has too many rows to copy at once
+            scores, targets = batch.scores[first : first + BLOCK_ROWS], batch.targets[first : first + BLOCK_ROWS]
+            shifted = scores - scores.max(axis=1, keepdims=True)
+            right = np.take_along_axis(shifted, targets[:, np.newaxis], axis=1)
+            logarithms = np.log(np.exp(shifted).sum(axis=1))
+            nats += float(np.sum(logarithms, dtype=np.float64) - np.sum(right, dtype=np.float64))
+        return np.array([nats, len(batch.targets)])
+
+    return Metric(2, sums, lambda total: {"bits_per_byte": _ratio(total[0], total[1]) / math.log(2)})
+
+
 METRICS: Final[dict[str, Callable[[Any, int, np.ndarray], Metric]]] = {
     "top_k_accuracy": _top_k_accuracy,
     "precision": _precision,
@@ -166,6 +191,7 @@ METRICS: Final[dict[str, Callable[[Any, int, np.ndarray], Metric]]] = {
     "confusion_matrix": _confusion_matrix,
     "root_mean_squared_error": _root_mean_squared_error,
     "r2": _r2,
+    "bits_per_byte": _bits_per_byte,
 }
 
 
@@ -201,7 +227,8 @@ class MetricSums:
             try:
                 self._metrics.append(METRICS[kind](getattr(metric, kind), width, center))
             except ModelFault as fault:
-                raise ModelFault(f"metrics[{index}].{kind}.{fault}") from None
+                # The message begins with the setting at fault, or with a colon.
+                raise ModelFault(f"metrics[{index}].{kind}{fault}") from None
         self.sums = np.zeros(sum(metric.width for metric in self._metrics))
 
     def add(self, outputs: np.ndarray, targets: np.ndarray) -> None:

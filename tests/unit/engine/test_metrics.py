@@ -2,21 +2,25 @@
 
 import re
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from sklearn import metrics as sklearn
 
 from protos import job_pb2
 from protos.rules import check
+from worker import metrics
 from worker.errors import ModelFault
 from worker.metrics import METRICS, MetricSums
 
 SEEDS = st.integers(0, 2**32 - 1)
 OF_LABELS = ("top_k_accuracy:2", "precision", "recall", "f1", "confusion_matrix")
 OF_VALUES = ("root_mean_squared_error", "r2")
+OF_BYTES = ("bits_per_byte",)
 
 
 def asked(*words):
@@ -45,7 +49,7 @@ def counted(engine, words, loss, outputs, targets, parts):
 
 def test_the_table_names_what_the_job_file_names_and_all_are_tested():
     assert list(METRICS) == [field.name for field in job_pb2.Metric.DESCRIPTOR.fields]
-    assert {word.split(":")[0] for word in (*OF_LABELS, *OF_VALUES)} == set(METRICS)
+    assert {word.split(":")[0] for word in (*OF_LABELS, *OF_VALUES, *OF_BYTES)} == set(METRICS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,6 +75,23 @@ def test_metrics_of_labels_equal_scikit_learn_s_over_any_split(engine, samples, 
                 values[f"{name}_per_class"], peer(labels, predicted, labels=every, average=None), atol=1e-12
             )
     assert values["confusion_matrix"] == sklearn.confusion_matrix(labels, predicted, labels=every).tolist()
+
+
+@settings(max_examples=15, deadline=None)
+@given(samples=st.integers(1, 60), parts=st.integers(1, 7), offset=st.sampled_from([0.0, 1e4]), seed=SEEDS)
+def test_bits_per_byte_are_the_logarithmic_loss_to_base_2_over_any_split(engine, samples, parts, offset, seed):
+    random = np.random.default_rng(seed)
+    outputs, labels = 3 * random.standard_normal((samples, 256)) + offset, random.integers(0, 256, samples)
+    with patch.object(metrics, "BLOCK_ROWS", 7):
+        values = counted(engine, OF_BYTES, "softmax_cross_entropy", outputs, labels, parts)
+    peer = sklearn.log_loss(labels, softmax(outputs, axis=1), labels=np.arange(256)) / np.log(2)
+    assert values == {"bits_per_byte": pytest.approx(peer, rel=1e-9)}
+
+
+def test_bits_per_byte_of_a_model_of_something_else_are_refused(engine):
+    message = "metrics[0].bits_per_byte: needs the 256 classes of bytes, and the model has 10: end with 256 units"
+    with pytest.raises(ModelFault, match=re.escape(message)):
+        counted(engine, OF_BYTES, "softmax_cross_entropy", np.zeros((4, 10)), np.zeros(4, np.int64), 1)
 
 
 @settings(max_examples=30, deadline=None)
