@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protos import job_pb2
+from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
@@ -25,6 +26,7 @@ class Prepared:
     validation: Dataset | None
     preprocessing: Preprocessing
     model: Model
+    augmentation: Augmentation | None = None  # of the training samples
 
 
 def prepare(job: job_pb2.JobSpec) -> Prepared:
@@ -45,6 +47,7 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             )
     elif job.data.validation_fraction > 0:
         train, validation = hold_out(train, job.data.validation_fraction, job.training.seed)
+    augmentation = make_augmentation(job.data, job.training.seed, train.sample_shape, train.place)
     model = Model(job.model, job.loss, train.sample_shape)
     if job.metrics and validation is None:
         raise DataFault(
@@ -56,4 +59,4 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             model.check_targets(dataset.targets_to_check, dataset.place)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
-    return Prepared(train, validation, make_preprocessing(job.data, train), model)
+    return Prepared(train, validation, make_preprocessing(job.data, train), model, augmentation)

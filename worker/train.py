@@ -73,7 +73,9 @@ def train(
     schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
     accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch)
-    reader = BatchReader(prepared.train, prepared.preprocessing, accumulator.capacity)
+    reader = BatchReader(
+        prepared.train, prepared.preprocessing, accumulator.capacity, augmentation=prepared.augmentation
+    )
     evaluator = None
     if prepared.validation is not None:
         evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics)
@@ -101,6 +103,7 @@ def train(
         if stopped:
             break
         order = sample_order(seed, epoch, samples)
+        reader.begin_epoch(epoch)
         meter, epoch_meter = Meter(), Meter()
         for batch in range(batches):
             step += 1
