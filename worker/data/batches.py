@@ -49,6 +49,12 @@ class BatchReader:
         """What is taken from here on is of this epoch, counted from 0: augmentation goes by it."""
         self._epoch = epoch
 
+    def prepare(self, indices: NDArray[np.int64]) -> None:
+        """What is taken next; nothing is done about it here, see ahead.py."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
+
     def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Features (n, *sample_shape) and targets of the samples at `indices`, 0 <= n <= capacity.
 
