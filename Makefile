@@ -3,7 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# PyTorch, to measure and to compare with: an environment of its own, so that nobody needs it who does neither.
+# PyTorch, JAX and scikit-learn, to measure and to compare with: an environment of its own, so that nobody needs it who does neither.
 PEERS := .venv-peers
 SOURCES := pyproject.toml $(wildcard protos/*.proto) protos/build.py
 PIP_INSTALL := install --quiet --disable-pip-version-check
@@ -31,7 +31,7 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
 
-bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch; BENCH_OPTIONS='--quick' for one round
+bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, scikit-learn; BENCH_OPTIONS=--quick for one round
 	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
 
 clean:  ## remove the environments and what the build generated

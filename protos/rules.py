@@ -18,7 +18,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor, OneofDescrip
 from google.protobuf.message import Message
 
 from protos import options_pb2
-from protos.job_pb2 import JobSpec
+from protos.job_pb2 import JobSpec, Layer
 
 INTEGERS = frozenset(
     {
@@ -243,6 +243,30 @@ def _one_clipping(spec: JobSpec) -> Violation | None:
     return Violation("training.clip_value", f"{given} is given beside `clip_norm`; remove one of the two")
 
 
+def _pieces_beside_synchronized(spec: JobSpec) -> Violation | None:
+    place = _synchronized_layer(spec.model, "model")
+    if not (spec.training.micro_batch and place):
+        return None
+    given = number(spec.training.micro_batch)
+    return Violation(
+        "training.micro_batch",
+        f"{given} is given beside {place}.synchronized, whose statistics are those of the whole batch at once; "
+        "remove one of the two",
+    )
+
+
+def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
+    """The path of the first layer that is synchronized over the workers."""
+    for index, layer in enumerate(layers):
+        kind = chosen_option(layer)
+        place = f"{path}[{index}].{kind}"
+        if kind and getattr(getattr(layer, kind), "synchronized", False):
+            return place
+        if layer.HasField("residual") and (inside := _synchronized_layer(layer.residual.layers, f"{place}.layers")):
+            return inside
+    return None
+
+
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
 PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
 
@@ -264,6 +288,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _logits_for_the_loss,
     _losses_to_watch,
     _one_clipping,
+    _pieces_beside_synchronized,
     _metrics_for_the_loss,
 )
 

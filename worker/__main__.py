@@ -51,7 +51,8 @@ def make_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("predict", help="what a finished run says to new samples")
     verb.add_argument("folder", type=Path, metavar="DIR")
-    verb.add_argument("input", type=Path, metavar="INPUT", help="features: .npy, .npz (array x), .csv, or idx")
+    verb.add_argument("input", type=Path, metavar="INPUT",
+                      help="features: .npy, .npz (array x), .csv, .parquet or idx; or text")  # fmt: skip
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
     verb.add_argument("--format", choices=("csv", "npz", "jsonl", "json"),
                       help="json is JSON lines too; else by the ending of FILE; CSV without one")  # fmt: skip

@@ -1,4 +1,4 @@
-"""The weights of the epoch with the lowest validation loss, kept by rank 0 and by its checkpoints."""
+"""The weights and model state of the epoch with the lowest validation loss, kept by rank 0 and by its checkpoints."""
 
 from __future__ import annotations
 
@@ -9,21 +9,24 @@ from worker.stopping import best_epoch
 
 
 class BestWeights:
-    """Keeps one copy of the weights.
+    """Keeps one copy of the weights and of the model's state.
 
     Attributes:
         weights: (parameter_count,) float32; None before the first epoch with a finite validation loss.
+        state: (state_count,) float32, of the same epoch.
     """
 
-    def __init__(self, found: np.ndarray | None) -> None:
+    def __init__(self, weights: np.ndarray | None, state: np.ndarray | None) -> None:
         """Go on from what a checkpoint kept, if there is one."""
-        self.weights = found
+        self.weights = weights
+        self.state = state
 
-    def see(self, position: Position, weights: np.ndarray) -> None:
-        """An epoch has been evaluated with these weights; keep them if none was better."""
+    def see(self, position: Position, weights: np.ndarray, state: np.ndarray) -> None:
+        """An epoch has been evaluated with these weights and this state; keep them if none was better."""
         losses = validation_losses(position.validations)
         if best_epoch(losses) != len(losses):
             return
         if self.weights is None:
             self.weights = np.empty_like(weights)
         np.copyto(self.weights, weights)
+        self.state = state.copy()

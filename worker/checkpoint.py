@@ -10,7 +10,7 @@ import json
 import os
 import re
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ FILE_NAME = re.compile(r"step-(\d{9})\.safetensors")
 PARAMETERS = "parameters"
 STATE_PREFIX = "optimizer."
 BEST = "best_parameters"
+MODEL_STATE = "model_state"
+BEST_MODEL_STATE = "best_model_state"
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class Checkpoint:
     state: dict[str, np.ndarray]  # optimizer arrays of the same length; empty at step 0
     validations: tuple[dict[str, Any], ...] = ()  # what each evaluation so far came to, as in metrics.jsonl
     best: np.ndarray | None = None  # the evaluated weights of the best epoch, where they are to be kept
+    model_state: np.ndarray | None = None  # (state_count,) float32, running statistics; None where there are none
+    best_model_state: np.ndarray | None = None  # those of the best epoch
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -48,8 +52,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     """
     tensors = {PARAMETERS: checkpoint.parameters}
     tensors |= {STATE_PREFIX + name: array for name, array in checkpoint.state.items()}
-    if checkpoint.best is not None:
-        tensors[BEST] = checkpoint.best
+    optional = {
+        BEST: checkpoint.best,
+        MODEL_STATE: checkpoint.model_state,
+        BEST_MODEL_STATE: checkpoint.best_model_state,
+    }
+    tensors |= {name: array for name, array in optional.items() if array is not None}
     metadata = {
         "step": str(checkpoint.step),
         "epoch": str(checkpoint.epoch),
@@ -88,8 +96,11 @@ def write_safetensors(path: Path, tensors: dict[str, np.ndarray], metadata: dict
 
 
 @contextmanager
-def replacing(path: Path) -> Iterator[Path]:
+def replacing(path: Path, remedy: str = "name another folder with -o") -> Iterator[Path]:
     """A temporary file beside `path` to write to; when the block ends well it is on disk and takes the path's name.
+
+    Args:
+        remedy: what a person can do beside freeing space, for the message.
 
     Raises:
         CheckpointFault: the disk refused; the old file is untouched and the temporary one gone.
@@ -101,11 +112,10 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.rename(path)
         _sync(path.parent)
     except OSError as error:
-        raise CheckpointFault(
-            f"{path}: cannot be written: {error.strerror}; free some space or name another folder with -o"
-        ) from error
+        raise CheckpointFault(f"{path}: cannot be written: {error.strerror}; free some space or {remedy}") from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # where not even that can be asked, there is nothing, and the fault above says why
+            temporary.unlink(missing_ok=True)
 
 
 def _sync(path: Path) -> None:
@@ -125,7 +135,9 @@ def read_checkpoint(path: Path) -> Checkpoint:
     tensors, metadata = read_safetensors(path)
     try:
         parameters = tensors.pop(PARAMETERS)
-        best = tensors.pop(BEST, None)
+        best, model_state, best_model_state = (
+            tensors.pop(name, None) for name in (BEST, MODEL_STATE, BEST_MODEL_STATE)
+        )
         return Checkpoint(
             step=int(metadata["step"]),
             epoch=int(metadata["epoch"]),
@@ -136,6 +148,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
             state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
             validations=tuple(json.loads(metadata.get("validations", "[]"))),
             best=best,
+            model_state=model_state,
+            best_model_state=best_model_state,
         )
     except KeyError as error:
         raise CheckpointFault(f"{path}: {error.args[0]} is missing: this is not a checkpoint") from error

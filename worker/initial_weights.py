@@ -27,9 +27,9 @@ class InitialWeights:
     unfitted: tuple[str, ...]  # a sentence for each parameter or tensor left out
 
     def load(self, model: Model) -> None:
-        """Write the tensors that fit into the attached parameters, the rest untouched."""
+        """Write the tensors that fit into the attached parameters and the state, the rest untouched."""
         tensors, _ = read_safetensors(self.path)
-        values = model.named_parameters()
+        values = model.named_parameters() | model.named_state()
         for name in self.fitted:
             values[name][...] = tensors[name]
 
@@ -59,7 +59,8 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
     except TypeError as error:  # bfloat16 and its like, which NumPy does not know
         raise CheckpointFault(f"initialize_from: {path}: {error}; save its tensors as float32") from error
     fitted, unfitted = [], []
-    for slot in model.slots:
+    slots = (*model.slots, *model.state_slots)
+    for slot in slots:
         tensor = tensors.get(slot.name)
         if tensor is None:
             unfitted.append(f"{slot.name}: is not in the file")
@@ -80,7 +81,7 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
             f"initialize_from: {path}: nothing fits the model: the file holds {named}, "
             f"the model {', '.join(slot.name for slot in model.slots[:5])}; names and shapes must be the same"
         )
-    known = {slot.name for slot in model.slots}
+    known = {slot.name for slot in slots}
     unfitted += [f"{name}: is in the file and not in the model" for name in sorted(tensors.keys() - known)]
     return InitialWeights(path, tuple(fitted), tuple(unfitted))
 

@@ -1,7 +1,7 @@
 """model.safetensors: what a run leaves for others, readable by the safetensors library alone.
 
-Every parameter under `<index>.<layer>.<name>`; in the metadata the job, its preprocessing and the sample shape, all as
-text, so that `evaluate` and `predict` need nothing else.
+Every parameter, and every array of a layer's state, under `<index>.<layer>.<name>`; in the metadata the job, its
+preprocessing and the sample shape, all as text, so that `evaluate` and `predict` need nothing else.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def write_model(folder: Path, job: job_pb2.JobSpec, model: Model, preprocessing:
         "preprocessing": preprocessing.to_json(),
         "sample_shape": json.dumps(list(model.sample_shape)),
     }
-    write_safetensors(folder / FILE_NAME, model.named_parameters(), metadata)
+    write_safetensors(folder / FILE_NAME, model.named_parameters() | model.named_state(), metadata)
 
 
 def read_model(folder: Path) -> TrainedModel:
@@ -58,7 +58,7 @@ def read_model(folder: Path) -> TrainedModel:
         raise CheckpointFault(f"{path}: was not written by a run of Paceline: {error}") from error
     model = Model(job.model, job.loss, sample_shape)
     model.attach(np.zeros(model.parameter_count, np.float32))
-    for name, view in model.named_parameters().items():
+    for name, view in (model.named_parameters() | model.named_state()).items():
         tensor = tensors.get(name)
         if tensor is None or tensor.shape != view.shape:
             found = "nothing" if tensor is None else f"shape {tensor.shape}"

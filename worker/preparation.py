@@ -60,3 +60,15 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
     return Prepared(train, validation, make_preprocessing(job.data, train), model, augmentation)
+
+
+def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> None:
+    """Hold the samples that come together in a step against the layers.
+
+    Raises:
+        ModelFault: naming a layer that so few samples cannot train.
+    """
+    samples = len(prepared.train)
+    batch = min(job.training.batch_size or samples, samples)
+    share = -(-batch // world_size)
+    prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)

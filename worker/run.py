@@ -32,7 +32,7 @@ from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
-from worker.preparation import Prepared, prepare
+from worker.preparation import Prepared, check_shares, prepare
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync.exchange import Exchange, check_fits, open_exchange
@@ -63,6 +63,7 @@ def run_job(
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
+    world.agree(lambda: check_shares(prepared, job, world.size))
     initial = None
     if job.initialize_from and not resume:
         initial = world.agree(lambda: open_initial_weights(Path(local_path(job.initialize_from)), prepared.model))
@@ -78,7 +79,9 @@ def run_job(
     if exchange.note:
         say(f"shared memory is not used: {exchange.note}")
 
-    best = BestWeights(found.best if found else None) if job.training.keep_best else None
+    best = None
+    if job.training.keep_best:
+        best = BestWeights(found.best, found.best_model_state) if found else BestWeights(None, None)
     client = connect(os.environ) if world.rank == 0 else None
     reporter = None
     if world.rank == 0:
@@ -101,8 +104,10 @@ def run_job(
         peaks = world.gather_everywhere(peak_memory_bytes())
         state = exchange.gather_state() if job.training.HasField("average") else {}
         if world.rank == 0 and not (nothing_done and output_folder.is_finished(folder)):
-            chosen = best.weights if best else None
-            exchange.parameters[:] = evaluated_weights(exchange.parameters, state) if chosen is None else chosen
+            if best is None or best.weights is None:
+                exchange.parameters[:] = evaluated_weights(exchange.parameters, state)
+            else:
+                exchange.parameters[:], prepared.model.state[:] = best.weights, best.state
             write_model(folder, job, prepared.model, prepared.preprocessing)
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
             if initial is not None:
@@ -198,8 +203,8 @@ def _checkpoint(
     fault: str | None = None
     if world.rank == 0:
         if best:
-            best.see(position, evaluated_weights(exchange.parameters, state))
-        fault = _write_checkpoint(job, prepared, exchange, folder, position, state, best.weights if best else None)
+            best.see(position, evaluated_weights(exchange.parameters, state), prepared.model.state)
+        fault = _write_checkpoint(job, prepared, exchange, folder, position, state, best)
     fault = world.broadcast(fault)
     if fault:
         raise TrainingFault(fault)
@@ -213,14 +218,17 @@ def _write_checkpoint(
     folder: Path,
     position: Position,
     state: dict[str, np.ndarray],
-    best: np.ndarray | None,
+    best: BestWeights | None,
 ) -> str | None:
+    model = prepared.model
     # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32 values).
-    if not np.isfinite(exchange.parameters.sum(dtype=np.float64)):
-        return f"step {position.step} (epoch {position.epoch}): a weight is no longer finite; lower the learning rate"
+    for what, values in (("weight", exchange.parameters), ("running statistic", model.state)):
+        if not np.isfinite(values.sum(dtype=np.float64)):
+            when = f"step {position.step} (epoch {position.epoch})"
+            return f"{when}: a {what} is no longer finite; lower the learning rate"
     checkpoints = folder / output_folder.CHECKPOINTS
     path = checkpoint_path(checkpoints, position.step)
-    model = prepared.model
+    held = bool(model.state_count)
     write_checkpoint(
         path,
         Checkpoint(
@@ -230,7 +238,9 @@ def _write_checkpoint(
             exchange.parameters,
             state,
             position.validations,
-            best,
+            best.weights if best else None,
+            model.state if held else None,
+            best.state if best and held else None,
         ),
     )
     prune_checkpoints(checkpoints, job.training.keep_checkpoints)

@@ -29,7 +29,7 @@ from worker.optimizers import base_learning_rate
 from worker.preparation import Prepared
 from worker.schedules import make_schedule
 from worker.stopping import why_stop
-from worker.sync.exchange import Exchange
+from worker.sync.exchange import TOTALS, Exchange
 from worker.sync.world import World
 from worker.update import AVERAGE
 
@@ -120,17 +120,18 @@ def train(
             meter.start_step()
             sums = accumulator.compute(reader, order[low:high], following, Moment(seed, step, low - first), meter)
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
-            exchange.totals[:] = sums.loss, sums.correct, report_due
+            exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
             exchange.step(step, last - first, learning_rate)
             meter.lap_exchange(exchange.statistics.update_seconds - update_seconds_before)
 
-            loss, correct, reports_due = exchange.totals.tolist()
+            loss, correct, reports_due = exchange.totals[: len(TOTALS)].tolist()
             if not math.isfinite(loss):
                 raise TrainingFault(
                     f"step {step} (epoch {epoch + 1}): the loss is {loss:g}; "
                     f"lower the learning rate ({learning_rate:g}) or scale the features"
                 )
+            model.update_state()
             first_step_time = first_step_time or time()
             samples_done += last - first
             steady.step(last - first)

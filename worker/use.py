@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 
@@ -16,12 +16,15 @@ from worker.checkpoint import replacing
 from worker.data.batches import BatchReader
 from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
+from worker.data.text import read_windows
 from worker.engine.losses import TARGET_KIND
 from worker.errors import DataFault, UsageFault
 from worker.evaluation import BATCH, conclude, sum_over
 from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
 from worker.predictions import choose_writer
+
+ARRAY_ENDINGS: Final = (".npy", ".npz", ".csv", ".parquet")  # hold tokens as an array, also for a model of text
 
 
 def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
@@ -65,6 +68,8 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
 def predict_file(folder: Path, input_path: Path, output_path: Path | None, form: str | None = None) -> None:
     """Print, or write to `output_path`, what the model says to each sample; labels where the loss knows labels.
 
+    A model of text reads text: its samples are the windows of the file, and it says of each byte what comes behind it.
+
     Args:
         form: a key of predictions.WRITERS; None goes by the ending of `output_path`, and is CSV without one.
 
@@ -73,7 +78,7 @@ def predict_file(folder: Path, input_path: Path, output_path: Path | None, form:
     """
     writer = choose_writer(form, output_path)
     trained = read_model(folder)
-    features = open_features(str(input_path))
+    features = _open_input(trained, input_path)
     shape = features.shape[1:] or (1,)
     if len(shape) == 2 and trained.model.sample_shape == (*shape, 1):
         shape = (*shape, 1)
@@ -85,6 +90,18 @@ def predict_file(folder: Path, input_path: Path, output_path: Path | None, form:
         return
     with replacing(output_path) as temporary, temporary.open("wb") as file:
         writer(batches, trained.model.output_shape, labels, file)
+
+
+def _open_input(trained: TrainedModel, path: Path) -> np.ndarray:
+    """The features of the samples in the file: an array, or the bytes of a text where the model was trained on text."""
+    source = trained.job.data.train
+    if source.WhichOneof("kind") != "text" or path.suffix.lower() in ARRAY_ENDINGS:
+        return open_features(str(path))
+    windows, rest = read_windows(str(path), source.text.context)
+    if rest:
+        said = f"the last {rest} bytes fill no window of {source.text.context} bytes and are left out"
+        print(f"note: {path}: {said}", file=sys.stderr, flush=True)
+    return windows.values
 
 
 def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:

@@ -13,33 +13,47 @@ from pathlib import Path
 
 from coordinator.launchers.local import LauncherMissing
 from tests.benchmarks.cases import CASES, Case
-from tests.benchmarks.contenders import CONTENDERS, Contender, Run
-from tests.benchmarks.data_set import write_images
+from tests.benchmarks.contenders import CONTENDERS, MATRIX_PRODUCTS, ONE_RANK, Contender, Run
+from tests.benchmarks.data_set import write_data
 from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
-from tests.benchmarks.measurement import BenchmarkFailed, Measurement
-from tests.benchmarks.rounds import run_rounds
-from tests.benchmarks.table import footprint_table, format_markdown, format_text, throughput_table
+from tests.benchmarks.measurement import KERNEL_WISHES, BenchmarkFailed, Measurement
+from tests.benchmarks.rounds import Outcome, run_rounds
+from tests.benchmarks.table import (
+    footprint_table,
+    format_markdown,
+    format_text,
+    product_table,
+    throughput_table,
+)
 
 PEERS_ENVIRONMENT = Path(".venv-peers")
 CAPTION = """\
-Training with Adam, ReLU and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28.
+Training with Adam and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28 or, the
+transformer, on a seeded text whose bytes are the tokens.
 Median [lowest .. highest] over the rounds ({rounds}); in a round the sides take turns; ratios are taken within rounds.
 samples/s: steady state, all ranks together: every step of every epoch but the first, data loading and shuffling
 included; Paceline's reports and the checkpoint it writes after each epoch are not (the peers write none).
-Seconds to first step: from the start of rank 0's process to the end of its first step, imports and data included, the
-launcher (mpirun) not. Memory: the peak resident size of the largest rank, shared pages included.
-Paceline converts its stored uint8 images a batch at a time; the peers hold all of them as float32 in memory."""
+Seconds to first step: from the start of rank 0's process to the end of its first step, imports, data and compilation
+included, the launcher (mpirun) not. Memory: the peak resident size of the largest rank, shared pages included; of JAX
+on two devices, which are one process, half.
+Paceline converts its stored uint8 images a batch at a time; the peers hold all of them as float32 in memory.
+PyTorch: fused Adam, convolutions channels-last, fused attention; compile: model and loss by torch.compile. JAX: gather,
+gradient and Adam in one jit with donated buffers. scikit-learn: partial_fit over whole epochs.
+Matrix products alone: those of one of Paceline's steps, done again on the same arrays; a step of one rank beside it."""
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Paceline beside its peers.")
-    parser.add_argument("--quick", action="store_true", help="one short round, to see that everything runs")
-    parser.add_argument("--only", action="append", choices=[case.name for case in CASES], metavar="NAME",
-                        help="this network alone (small, medium, large); may be repeated")  # fmt: skip
-    parser.add_argument("--rounds", type=positive_integer, default=5, metavar="N", help="timed rounds (default 5)")
-    parser.add_argument("--seconds", type=positive_number, default=2.5, metavar="S",
-                        help="length of the timed part of a run (default 2.5)")  # fmt: skip
+    parser.add_argument(
+        "--quick", action="store_true", help="one short round, about two minutes, to see that everything runs"
+    )
+    names = [case.name for case in CASES]
+    parser.add_argument("--only", action="append", choices=names, metavar="NAME",
+                        help=f"this network alone ({', '.join(names)}); may be repeated")  # fmt: skip
+    parser.add_argument("--rounds", type=positive_integer, default=3, metavar="N", help="timed rounds (default 3)")
+    parser.add_argument("--seconds", type=positive_number, default=2.0, metavar="S",
+                        help="length of the timed part of a run (default 2)")  # fmt: skip
     parser.add_argument("--peers", type=Path, default=PEERS_ENVIRONMENT, metavar="DIR",
                         help=f"the peers' environment (default {PEERS_ENVIRONMENT}, made by `make bench`)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="end with the tables in Markdown")
@@ -62,21 +76,21 @@ def positive_number(text: str) -> float:
     return value
 
 
-def benchmark(
-    cases: list[Case], peers_python: Path, rounds: int, seconds: float | None, scratch: Path
-) -> dict[tuple[str, str], list[Measurement]]:
+def benchmark(cases: list[Case], peers_python: Path, rounds: int, seconds: float | None, scratch: Path) -> Outcome:
     """All rounds, each run in a folder of its own under `scratch` that goes when the run has ended."""
-    files = {samples: write_images(scratch, samples) for samples in {case.samples for case in cases}}
+    data = {case.name: write_data(scratch, case) for case in cases}
 
     def measure(case: Case, contender: Contender, epochs: int) -> Measurement:
         folder = scratch / "run"
         folder.mkdir()
         try:
-            return contender.measure(Run(case, epochs, files[case.samples], folder, peers_python))
+            return contender.measure(Run(case, epochs, data[case.name], folder, peers_python))
         finally:
             shutil.rmtree(folder)
 
-    return run_rounds(cases, CONTENDERS, rounds, seconds, measure, tell)
+    place = CONTENDERS.index(ONE_RANK)
+    timed = [*CONTENDERS[:place], MATRIX_PRODUCTS, *CONTENDERS[place:]]
+    return run_rounds(cases, timed, rounds, seconds, measure, tell)
 
 
 def tell(line: str) -> None:
@@ -102,17 +116,26 @@ def main() -> int:
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="paceline-bench-") as scratch:
         try:
-            results = benchmark(cases, peers_python, rounds, seconds, Path(scratch))
+            results, absent = benchmark(cases, peers_python, rounds, seconds, Path(scratch))
         except (BenchmarkFailed, LauncherMissing) as failed:
             tell(f"error: {failed}")
             return 1
 
     facts = machine_facts(run.version for runs in results.values() for run in runs if run.version)
+    withheld = [f"{name}={os.environ[name]}" for name in KERNEL_WISHES if name in os.environ]
+    if withheld:
+        facts["withheld"] = f"{', '.join(withheld)}, so that every library chooses its own kernels"
     if warning:
         facts["warning"] = warning
     if arguments.quick:
         facts["warning"] = "--quick: one round of a few steps; these figures say only that everything runs"
-    tables = throughput_table(results, cases, CONTENDERS), footprint_table(results, cases, CONTENDERS)
+    if absent:
+        facts["absent"] = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
+    tables = (
+        throughput_table(results, cases, CONTENDERS),
+        footprint_table(results, cases, CONTENDERS),
+        product_table(results, cases, ONE_RANK, MATRIX_PRODUCTS),
+    )
     caption = CAPTION.format(rounds=rounds)
     listed = "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
     print(listed, *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")

@@ -1,21 +1,32 @@
 """Who is timed: the rows of the tables, each with the command a user of it would type and where it states its figures.
 
-Rules: a peer is a script of peers/ and a row here, nothing else. Within a rank count ours stand on both sides of the
-peer, so that whichever is compared with it ran next to it.
+Rules: a peer is a script of peers/ and a row here, nothing else. Within a rank count ours stand among the peers,
+next to those they are likely to be compared with.
 """
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from coordinator.launchers.local import Scratch, available_cores, find_mpirun, find_worker, render
 from tests.benchmarks.cases import LEARNING_RATE, Case
-from tests.benchmarks.data_set import DataFiles
-from tests.benchmarks.measurement import BenchmarkFailed, Command, Measurement, read_measurement, run_command
+from tests.benchmarks.data_set import Data
+from tests.benchmarks.measurement import (
+    Command,
+    Measurement,
+    PeerAbsent,
+    read_measurement,
+    read_statement,
+    run_command,
+)
 
 PEERS = Path(__file__).parent / "peers"
+PRODUCTS = Path(__file__).parent / "products.py"
 OURS = "Paceline"
+EAGER = "PyTorch"
+KINDS = ("mlp", "cnn", "transformer")
 
 
 class Run(NamedTuple):
@@ -23,7 +34,7 @@ class Run(NamedTuple):
 
     case: Case
     epochs: int
-    files: DataFiles
+    data: Data
     folder: Path  # empty, this run's own
     peers_python: Path
 
@@ -35,6 +46,7 @@ class Contender(NamedTuple):
     side: str  # whose it is: two ranks are compared with one rank of the same side
     ranks: int
     measure: Callable[[Run], Measurement]
+    kinds: tuple[str, ...] = KINDS  # of the networks it is timed on
 
     @property
     def ours(self) -> bool:
@@ -46,16 +58,10 @@ class Contender(NamedTuple):
 
 def job(run: Run, ranks: int, sync: str) -> dict[str, Any]:
     """The job file for `run`."""
-    layers: list[Any] = []
-    for units in run.case.units[1:]:
-        layers += [{"dense": {"units": units}}, "relu"]
     return {
         "name": f"benchmark-{run.case.name}",
-        "data": {
-            "train": {"npy": {"features": str(run.files.features), "targets": str(run.files.labels)}},
-            "scale": 1 / 255,
-        },
-        "model": layers[:-1],
+        "data": run.data.for_job(),
+        "model": list(run.case.model),
         "loss": "softmax_cross_entropy",
         "optimizer": {"adam": {"learning_rate": LEARNING_RATE}},
         "training": {"epochs": run.epochs, "batch_size": run.case.batch_size * ranks, "keep_checkpoints": 1},
@@ -88,9 +94,17 @@ def paceline(ranks: int, sync: str) -> Callable[[Run], Measurement]:
         finally:
             if scratch is not None:
                 scratch.remove()
-        return read_measurement(json.loads((output / "summary.json").read_text()), run.case.units[-1])
+        return read_measurement(json.loads((output / "summary.json").read_text()), run.case.classes)
 
     return measure
+
+
+def matrix_products(run: Run) -> Measurement:
+    """The matrix products of one of our steps, alone: as a rate of samples, and nothing else is measured."""
+    job_file = run.folder / "job.json"
+    job_file.write_text(json.dumps(job(run, 1, "all_reduce")))
+    stated = read_statement(run_command(Command((sys.executable, str(PRODUCTS), str(job_file)), {}), run.folder))
+    return Measurement(samples_per_second=run.case.batch_size / stated["seconds"], flop=stated["flop"])
 
 
 # -------------------------------------------------------------------------------------------------------------- peers
@@ -102,30 +116,33 @@ def peer(script: str) -> Callable[[Run], Measurement]:
     def measure(run: Run) -> Measurement:
         argv = (
             *(str(run.peers_python), str(PEERS / script)),
-            *("--units", *map(str, run.case.units)),
+            *("--model", json.dumps(run.case.model)),
             *("--batch-size", str(run.case.batch_size)),
             *("--epochs", str(run.epochs)),
             *("--learning-rate", str(LEARNING_RATE)),
-            *("--features", str(run.files.features)),
-            *("--labels", str(run.files.labels)),
-            *("--rendezvous", str(run.folder / "rendezvous")),
+            *("--scratch", str(run.folder)),
+            *run.data.for_peer(),
         )
-        lines = run_command(Command(argv, {}), run.folder).splitlines()
-        if not lines:
-            raise BenchmarkFailed(f"{script} printed no result")
-        try:
-            stated = json.loads(lines[-1])
-        except ValueError as error:
-            raise BenchmarkFailed(f"{script} ended with what is not a result: {lines[-1]}") from error
-        return read_measurement(stated, run.case.units[-1])
+        stated = read_statement(run_command(Command(argv, {}), run.folder))
+        if "absent" in stated:
+            raise PeerAbsent(stated["absent"])
+        return read_measurement(stated, run.case.classes)
 
     return measure
 
 
+ONE_RANK = Contender("Paceline", OURS, 1, paceline(1, "all_reduce"))
+# Timed like the others and shown in a table of its own, against the row before.
+MATRIX_PRODUCTS = Contender("its matrix products alone", OURS, 1, matrix_products)
+
 CONTENDERS = (
-    Contender("Paceline", OURS, 1, paceline(1, "all_reduce")),
-    Contender("PyTorch eager", "PyTorch", 1, peer("pytorch_eager.py")),
+    Contender("scikit-learn MLPClassifier", "scikit-learn", 1, peer("scikit_learn.py"), kinds=("mlp",)),
+    Contender("PyTorch eager", EAGER, 1, peer("pytorch_eager.py")),
+    ONE_RANK,
+    Contender("JAX jit", "JAX", 1, peer("jax_jit.py")),
+    Contender("PyTorch compile", "PyTorch compile", 1, peer("pytorch_compile.py")),
     Contender("Paceline, all-reduce", OURS, 2, paceline(2, "all_reduce")),
-    Contender("PyTorch DDP, gloo", "PyTorch", 2, peer("pytorch_ddp.py")),
-    Contender("Paceline, parameter server", OURS, 2, paceline(2, "parameter_server")),
+    Contender("PyTorch DDP, gloo", EAGER, 2, peer("pytorch_ddp.py")),
+    Contender("JAX, 2 devices", "JAX", 2, peer("jax_two_devices.py"), kinds=("mlp",)),
+    Contender("Paceline, parameter server", OURS, 2, paceline(2, "parameter_server"), kinds=("mlp",)),
 )

@@ -222,3 +222,18 @@ def test_every_default_keeps_the_rule_it_stands_beside(path: str) -> None:
         setattr(message, field.name, rules.default_value(field))
         named = [violation for violation in rules._message_violations(message, "") if violation.path == field.name]
         assert named == []
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_pieces_of_a_batch_do_not_go_with_statistics_of_all_of_it(inside: bool) -> None:
+    spec = valid()
+    layers = spec.model.add().residual.layers if inside else spec.model
+    layers.add().batch_norm.SetInParent()
+    spec.training.micro_batch = 8
+    assert faults(spec) == []
+    layers.add().batch_norm.synchronized = True
+    place = "model[1].residual.layers[1].batch_norm" if inside else "model[2].batch_norm"
+    assert faults(spec) == [
+        f"training.micro_batch: 8 is given beside {place}.synchronized, "
+        "whose statistics are those of the whole batch at once; remove one of the two"
+    ]

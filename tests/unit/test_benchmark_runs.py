@@ -4,20 +4,30 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from protos.job_file import parse_job
+from protos.job_file import parse_job, to_dict
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, PEERS, Run, job, peer
-from tests.benchmarks.data_set import DataFiles
-from tests.benchmarks.measurement import BenchmarkFailed, Command, run_command
+from tests.benchmarks.data_set import write_data
+from tests.benchmarks.measurement import (
+    ENVIRONMENT,
+    BenchmarkFailed,
+    Command,
+    PeerAbsent,
+    make_environment,
+    read_statement,
+    run_command,
+)
 from tests.benchmarks.peers.stopwatch import Stopwatch, peak_memory_bytes, seconds_since_process_start
+from tests.benchmarks.products import Product, record_step, recording, time_products
 
 MEGABYTE = 1_000_000
 
 
 def make_run(folder: Path, case: Case = CASES[0], python: str = sys.executable) -> Run:
-    return Run(case, 3, DataFiles(folder / "features.npy", folder / "labels.npy"), folder, Path(python))
+    return Run(case, 3, write_data(folder, case.shortened()), folder, Path(python))
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -26,20 +36,68 @@ def test_our_job_file_is_valid_and_of_the_network_that_is_timed(
     case: Case, ranks: int, sync: str, tmp_path: Path
 ) -> None:
     spec = parse_job(json.dumps(job(make_run(tmp_path, case), ranks, sync)))
-    assert [layer.dense.units for layer in spec.model if layer.HasField("dense")] == list(case.units[1:])
-    assert [layer.WhichOneof("kind") for layer in spec.model] == (["dense", "relu"] * len(case.units))[
-        : len(spec.model)
-    ]
-    assert spec.model[-1].HasField("dense")
+    kinds = [layer if isinstance(layer, str) else next(iter(layer)) for layer in case.model]
+    assert [layer.WhichOneof("kind") for layer in spec.model] == kinds
     assert spec.training.batch_size == ranks * case.batch_size
     assert spec.sync.WhichOneof("kind") == sync
     assert spec.workers == ranks
 
 
+def test_the_convolutional_network_is_that_of_the_example() -> None:
+    example = Path(__file__).parents[2] / "examples" / "fashion_mnist_cnn.yaml"
+    wanted = parse_job(example.read_text(), folder=example.parent)
+    case = next(case for case in CASES if case.kind == "cnn")
+    ours = parse_job(json.dumps(to_dict(wanted) | {"model": list(case.model)}), folder=example.parent)
+    assert list(ours.model) == list(wanted.model)
+    assert case.batch_size == wanted.training.batch_size
+
+
+@pytest.mark.parametrize("case", [CASES[0], CASES[-1]], ids=lambda case: case.name)
+def test_the_products_of_a_step_are_all_there_and_nothing_else_is(case: Case, tmp_path: Path) -> None:
+    _, products = record_step(parse_job(json.dumps(job(make_run(tmp_path, case), 1, "all_reduce"))))
+    if case.kind == "mlp":
+        # Forward, the weights' gradient, and the input's gradient where there is a layer before.
+        least = most = 2 * case.batch_size * (2 * 784 * 128 + 3 * 128 * 10)
+    else:
+        tokens, width, context = case.batch_size * 128, 128, 128
+        weights = 12 * width * width  # of a block: four square matrices and two four times as wide
+        least = 3 * 2 * tokens * (4 * weights + 256 * width)
+        most = least + 3 * 2 * tokens * 4 * 2 * context * width  # scores, of which a causal half may be left out
+    assert least <= sum(product.flop for product in products) <= most
+    assert time_products(products, 0.0) > 0
+
+
+def test_a_product_with_a_vector_is_not_counted_and_numpy_is_left_as_it_was() -> None:
+    functions = np.matmul, np.dot
+    square, stack = np.ones((3, 3)), np.ones((5, 2, 3))
+    with recording() as products:
+        np.dot(square[0], square)
+        np.matmul(square, square[0])
+        result = np.matmul(stack, square)
+    assert (np.matmul, np.dot) == functions
+    assert (result == 3).all()
+    assert [product.flop for product in products] == [2 * 5 * 2 * 3 * 3]
+    assert products == [Product(np.matmul, stack, square, None)]
+
+
 def test_every_peer_is_a_script_that_is_there() -> None:
     names = {path.name for path in PEERS.glob("*.py")}
-    assert {"pytorch_eager.py", "pytorch_ddp.py"} <= names
-    assert [contender.ranks for contender in CONTENDERS if not contender.ours] == [1, 2]
+    assert {"pytorch_eager.py", "pytorch_compile.py", "jax_jit.py", "scikit_learn.py", "pytorch_ddp.py"} <= names
+    assert [contender.ranks for contender in CONTENDERS if not contender.ours] == [1, 1, 1, 1, 2, 2]
+
+
+def test_a_peer_that_says_it_is_absent_is_absent(tmp_path: Path) -> None:
+    python = tmp_path / "python"
+    python.write_text("""#!/bin/sh\necho '{"absent": "no compiler"}'\n""")
+    python.chmod(0o755)
+    with pytest.raises(PeerAbsent, match="no compiler"):
+        peer("pytorch_compile.py")(make_run(tmp_path, python=str(python)))
+
+
+@pytest.mark.parametrize("output", ["fine", "3", "{}\nthen this"])
+def test_a_last_line_that_is_no_object_is_no_result(output: str) -> None:
+    with pytest.raises(BenchmarkFailed, match="not a result"):
+        read_statement(output)
 
 
 def test_a_failed_command_says_what_it_said(tmp_path: Path) -> None:
@@ -59,6 +117,12 @@ def test_every_process_gets_one_thread(tmp_path: Path) -> None:
     assert run_command(Command(argv, {}), tmp_path) == "1 1\n"
 
 
+def test_no_contender_hears_a_wish_for_the_kernels_of_one() -> None:
+    inherited = {"OPENBLAS_CORETYPE": "Haswell", "MKL_DEBUG_CPU_TYPE": "5", "PATH": "/bin"}
+    seen = make_environment(inherited, Command((), {"OWN": "1"}))
+    assert seen == {"PATH": "/bin", "OWN": "1", **ENVIRONMENT}
+
+
 def test_a_peer_that_is_silent_or_babbles_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkFailed, match="printed no result"):
         peer("pytorch_eager.py")(make_run(tmp_path, python="/bin/true"))
@@ -68,13 +132,15 @@ def test_a_peer_that_is_silent_or_babbles_is_refused(tmp_path: Path) -> None:
 
 def test_a_peers_first_epoch_starts_the_clock_and_is_not_counted() -> None:
     seconds = iter([100.0, 102.0, 104.0])
-    stopwatch = Stopwatch(clock=lambda: next(seconds))
+    busy_seconds = iter([50.0, 53.0, 56.0])
+    stopwatch = Stopwatch(clock=lambda: next(seconds), busy_clock=lambda: next(busy_seconds))
     stopwatch.step_done()
     first = stopwatch.seconds_to_first_step
     for _ in range(3):
         stopwatch.step_done()
         stopwatch.epoch_done(50)
     assert stopwatch.samples_per_second == 2 * 50 / 4
+    assert stopwatch.busy_cores == 6 / 4
     assert stopwatch.seconds_to_first_step == first
     assert 0 < first <= seconds_since_process_start()
 

@@ -11,7 +11,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine.initializers import TRANSPARENT
-from worker.engine.layers.layer import Layer, Moment, VaryingLayer
+from worker.engine.layers.layer import Layer, Moment, Reduce, StatefulLayer, Sums, VaryingLayer
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -40,16 +40,29 @@ class Chain:
             place: the list's name in the job file.
             nested: the layers stand inside another, whose place is put before theirs.
         """
-        self.layers = _build(layers, input_shape, place, nested)
+        self._place, self._fault_type = place, NestedFault if nested else ModelFault
+        self.layers = self._build(layers, input_shape, nested)
         self.output_shape: Shape = self.layers[-1].layer.output_shape
         self.parameters: tuple[Parameter, ...] = tuple(
             _within(placed, _follower(layers[index + 1 :]), parameter)
             for index, placed in enumerate(self.layers)
             for parameter in placed.layer.parameters
         )
+        self._stateful = [(index, layer) for index, placed in enumerate(self.layers) if (layer := _stateful(placed))]
+        self.state: tuple[Parameter, ...] = tuple(
+            array._replace(name=f"{self.layers[index].place}.{array.name}")
+            for index, layer in self._stateful
+            for array in layer.state
+        )
+        self.sum_count = sum(layer.sum_count for _, layer in self._stateful)
+        self.synchronized = any(layer.synchronized for _, layer in self._stateful)
         # Nothing before the first layer with parameters is asked for a parameter's gradient.
         trained = [index for index, placed in enumerate(self.layers) if placed.layer.parameters]
         self.first_trained = trained[0] if trained else len(self.layers)
+        # Asked once: isinstance of a protocol takes 5 us, which would be every layer's at every step.
+        self._varying = [
+            (index, placed.layer) for index, placed in enumerate(self.layers) if isinstance(placed.layer, VaryingLayer)
+        ]
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
         """Hand the views, in the order of `parameters`, to the layers."""
@@ -58,6 +71,27 @@ class Chain:
             stop = start + len(placed.layer.parameters)
             placed.layer.attach(values[start:stop], gradients[start:stop])
             start = stop
+
+    def check_batch(self, at_once: int, batch: int) -> None:
+        """ModelFault naming the layer that so few samples, in a rank at once and in the whole batch, cannot train."""
+        for index, layer in self._stateful:
+            try:
+                layer.check_batch(at_once, batch)
+            except ModelFault as fault:
+                raise self._fault(index, self.layers[index].kind, fault) from None
+
+    def attach_state(self, values: Sequence[FloatArray], sums: Sums, reduce: Reduce) -> None:
+        """Hand the views, in the order of `state`, and each its part of the sums to the layers."""
+        first, first_sum = 0, 0
+        for _, layer in self._stateful:
+            last, last_sum = first + len(layer.state), first_sum + layer.sum_count
+            layer.attach_state(values[first:last], sums[first_sum:last_sum], reduce)
+            first, first_sum = last, last_sum
+
+    def update_state(self) -> None:
+        """The state after a step, of the sums over all ranks."""
+        for _, layer in self._stateful:
+            layer.update_state()
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike) -> bool:
         """Make the layers' buffers; whether what comes behind may write over the last output."""
@@ -70,9 +104,8 @@ class Chain:
 
     def begin(self, moment: Moment | None) -> None:
         """Tell the layers that act by it whether the next forward is training, and when, or evaluation (None)."""
-        for index, placed in enumerate(self.layers):
-            if isinstance(placed.layer, VaryingLayer):
-                placed.layer.begin(moment and moment._replace(path=(*moment.path, index)))
+        for index, layer in self._varying:
+            layer.begin(moment and moment._replace(path=(*moment.path, index)))
 
     def forward(self, x: FloatArray) -> FloatArray:
         """The last layer's output."""
@@ -100,6 +133,39 @@ class Chain:
             dy = self.layers[index].layer.backward_input(dy)
         return dy
 
+    def _build(self, layers: Sequence[job_pb2.Layer], input_shape: Shape, nested: bool) -> list[Placed]:
+        # Imported here: the table holds the residual layer, which holds a chain.
+        from worker.engine.layers import LAYERS
+
+        if not layers:
+            raise self._fault_type(f"{self._place}: has no layers")
+        placed: list[Placed] = []
+        shape = input_shape
+        for index, message in enumerate(layers):
+            kind = message.WhichOneof("kind") or ""
+            place = f"{self._place}[{index}]"
+            if kind not in LAYERS:
+                raise self._fault_type(f"{place}: names none of {', '.join(LAYERS)}")
+            if kind == "embedding" and (nested or index > 0):
+                raise self._fault_type(f"{place}.embedding: takes tokens, so it must be the first layer of the model")
+            try:
+                layer = LAYERS[kind](getattr(message, kind), shape)
+            except ModelFault as fault:
+                raise self._fault(index, kind, fault) from None
+            placed.append(Placed(f"{index}.{kind}", kind, layer))
+            shape = layer.output_shape
+        return placed
+
+    def _fault(self, index: int, kind: str, fault: ModelFault) -> ModelFault:
+        """A layer's fault with its place before it."""
+        joint = "." if isinstance(fault, NestedFault) else ": "
+        return self._fault_type(f"{self._place}[{index}].{kind}{joint}{fault}")
+
+
+def _stateful(placed: Placed) -> StatefulLayer | None:
+    """The layer where it has state, or holds a layer that has."""
+    return placed.layer if isinstance(placed.layer, StatefulLayer) and placed.layer.state else None
+
 
 def _follower(behind: Sequence[job_pb2.Layer]) -> job_pb2.Layer | None:
     """The first layer behind that a parameter's values reach changed (see TRANSPARENT)."""
@@ -116,28 +182,3 @@ def _within(placed: Placed, behind: job_pb2.Layer | None, parameter: Parameter) 
         return parameter
     kind = behind.WhichOneof("kind") or ""
     return parameter._replace(following=kind, slope=behind.leaky_relu.alpha if kind == "leaky_relu" else 0.0)
-
-
-def _build(layers: Sequence[job_pb2.Layer], input_shape: Shape, place: str, nested: bool) -> list[Placed]:
-    # Imported here: the table holds the residual layer, which holds a chain.
-    from worker.engine.layers import LAYERS
-
-    fault_type = NestedFault if nested else ModelFault
-    if not layers:
-        raise fault_type(f"{place}: has no layers")
-    placed: list[Placed] = []
-    shape = input_shape
-    for index, message in enumerate(layers):
-        kind = message.WhichOneof("kind") or ""
-        if kind not in LAYERS:
-            raise fault_type(f"{place}[{index}]: names none of {', '.join(LAYERS)}")
-        if kind == "embedding" and (nested or index > 0):
-            raise fault_type(f"{place}[{index}].embedding: takes tokens, so it must be the first layer of the model")
-        try:
-            layer = LAYERS[kind](getattr(message, kind), shape)
-        except ModelFault as fault:
-            joint = "." if isinstance(fault, NestedFault) else ": "
-            raise fault_type(f"{place}[{index}].{kind}{joint}{fault}") from None
-        placed.append(Placed(f"{index}.{kind}", kind, layer))
-        shape = layer.output_shape
-    return placed

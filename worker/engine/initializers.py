@@ -16,8 +16,11 @@ from worker.engine.params import FloatArray, Parameter
 
 # The smooth ones among them are drawn for as ReLU is, of which they are blunted forms.
 RECTIFIERS: Final = frozenset({"relu", "leaky_relu", "elu", "gelu", "silu"})
-# What may stand between weights and their rectifier: layers without parameters that only move, pick or average values.
-TRANSPARENT: Final = frozenset({"max_pool2d", "average_pool2d", "global_average_pool", "flatten", "dropout"})
+# What may stand between weights and their rectifier: layers that only move, pick or average values, and a normalization
+# of each channel by itself, after which one size of weight is as good as another.
+TRANSPARENT: Final = frozenset(
+    {"max_pool2d", "average_pool2d", "global_average_pool", "flatten", "dropout", "batch_norm"}
+)
 
 
 def fill(values: FloatArray, parameter: Parameter, name: str, seed: int, following: str, slope: float = 0.0) -> None:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from protos import job_pb2
 from worker.engine.chain import Chain, Placed
 from worker.engine.initializers import fill
-from worker.engine.layers.layer import Moment
+from worker.engine.layers.layer import Moment, Reduce, Sums
 from worker.engine.losses import LOSSES, Loss, Totals
 from worker.engine.params import FloatArray, ParameterSlot, Shape, lay_out, layout_digest, view
 from worker.errors import DataFault, ModelFault
@@ -24,6 +24,10 @@ __all__ = ["Model", "ParameterSlot", "Totals"]
 
 # A last layer that the loss applies itself: with both, training goes slowly wrong and no error shows.
 ALREADY_IN_LOSS = {("softmax_cross_entropy", "softmax"), ("binary_cross_entropy", "sigmoid")}
+
+
+def alone(sums: Sums) -> None:
+    """The sums over the ranks of one process: its own."""
 
 
 class Model:
@@ -61,13 +65,33 @@ class Model:
             raise ModelFault("model: no layer has parameters to train: add a dense layer")
         self.parameter_count = self.slots[-1].stop
         self.layout_digest = layout_digest(self.slots)
+        # What training changes and no gradient does: running statistics.
+        self.state_slots: tuple[ParameterSlot, ...] = lay_out([(array.name, array) for array in self._chain.state])
+        self.state_count = self.state_slots[-1].stop if self.state_slots else 0
+        self.sum_count = self._chain.sum_count
+        self.synchronized = self._chain.synchronized  # ranks exchange sums within forward and backward
         self._values: dict[str, FloatArray] = {}
         self._gradient: FloatArray | None = None
         self._capacity = 0
         self._samples: int | None = None  # of the last forward that backward may follow
+        self._together = False  # that forward called `reduce`, and so will backward
 
-    def attach(self, parameters: FloatArray, gradient: FloatArray | None = None) -> None:
-        """Take 1-D vectors of `parameter_count` elements; layers get views of them and nothing is copied."""
+    def attach(
+        self,
+        parameters: FloatArray,
+        gradient: FloatArray | None = None,
+        sums: Sums | None = None,
+        reduce: Reduce = alone,
+    ) -> None:
+        """Take 1-D vectors of `parameter_count` elements; layers get views of them and nothing is copied.
+
+        The state is made here, at its initial values.
+
+        Args:
+            sums: (sum_count,), 0; a training `forward` adds this rank's to them, and they are to be summed over all
+                ranks before `update_state`.
+            reduce: adds up what synchronized layers exchange over all ranks, at once and in place.
+        """
         for vector in (parameters,) if gradient is None else (parameters, gradient):
             if vector.shape != (self.parameter_count,) or vector.dtype != self.dtype or not vector.flags.c_contiguous:
                 raise ValueError(f"needs a contiguous {self.dtype} vector of {self.parameter_count} elements")
@@ -75,6 +99,11 @@ class Model:
         self._gradient = gradient
         gradients = [] if gradient is None else [view(gradient, slot) for slot in self.slots]
         self._chain.attach(list(self._values.values()), gradients)
+        self.state = np.empty(self.state_count, self.dtype)
+        for slot, array in zip(self.state_slots, self._chain.state, strict=True):
+            view(self.state, slot)[...] = array.initial
+        sums = np.zeros(self.sum_count) if sums is None else sums
+        self._chain.attach_state(list(self.named_state().values()), sums, reduce)
 
     @property
     def layers(self) -> tuple[Placed, ...]:
@@ -84,6 +113,14 @@ class Model:
     def named_parameters(self) -> dict[str, FloatArray]:
         """Views of the attached parameters in layer order, under names such as `0.dense.weight`."""
         return dict(self._values)
+
+    def named_state(self) -> dict[str, FloatArray]:
+        """Views of the state in layer order, under names such as `1.batch_norm.running_mean`."""
+        return {slot.name: view(self.state, slot) for slot in self.state_slots}
+
+    def update_state(self) -> None:
+        """After the sums of a step have been added up over all ranks: the state after it, the same on every rank."""
+        self._chain.update_state()
 
     def initialize(self, seed: int) -> None:
         """Write the initial parameters in place, each from (seed, name) alone."""
@@ -110,7 +147,11 @@ class Model:
         outputs and the targets before the loss may write over the former.
         """
         self._samples = len(features)
+        # What ranks do together in a step, they do on an empty batch too: the others wait for them.
+        self._together = self.synchronized and moment is not None
         if self._samples == 0:
+            if self._together:
+                self._run(features, moment)
             return Totals(0.0, 0.0, 0)
         with np.errstate(over="ignore", invalid="ignore", divide="ignore"):
             outputs = self._run(features, moment)
@@ -126,6 +167,8 @@ class Model:
         if self._gradient is None or self._samples is None:
             raise RuntimeError("backward needs an attached gradient and follows forward")
         if self._samples == 0:
+            if self._together:
+                self._chain.backward_parameters(np.empty((0, *self.output_shape), self.dtype))
             self._gradient[...] = 0
             return
         with np.errstate(over="ignore", invalid="ignore"):
@@ -142,6 +185,10 @@ class Model:
             self._loss.predict(predictions)
         return predictions
 
+    def check_batch(self, at_once: int, batch: int) -> None:
+        """ModelFault naming the layer that so few samples, in a rank at once and in the whole batch, cannot train."""
+        self._chain.check_batch(at_once, batch)
+
     def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
         """DataFault, naming `place` and the sample, where targets cannot belong to this model's outputs."""
         self._loss.check_targets(targets, place)
@@ -150,7 +197,7 @@ class Model:
         """The last layer's output."""
         if features.shape[1:] != self.sample_shape:
             raise DataFault(f"samples have shape {features.shape[1:]}, the model was made for {self.sample_shape}")
-        if len(features) > self._capacity:
-            self.reserve(len(features))
+        if max(1, len(features)) > self._capacity:
+            self.reserve(max(1, len(features)))
         self._chain.begin(moment)
         return self._chain.forward(features)

@@ -18,7 +18,7 @@ Shape: TypeAlias = tuple[int, ...]
 
 
 class Parameter(NamedTuple):
-    """One array that a layer trains, as the layer describes it."""
+    """One array of a layer, trained or (as a bias is described) kept as state, as the layer describes it."""
 
     name: str  # within the layer: "weight"
     shape: Shape

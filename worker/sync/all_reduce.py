@@ -57,13 +57,14 @@ class AllReduceExchange:
         total_count: int,
         clip_norm: float = 0.0,
     ) -> None:
-        self.note = _leave_shared_memory_if_short(world, parameter_count)
+        self.note = _leave_shared_memory_if_short(world, parameter_count, total_count)
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
         self._optimizer = optimizer
         self.parameters = node.shared(parameter_count, np.float32)
         segments = node.segments(parameter_count, np.float32)
+        self._segments = segments
         self.gradient = segments[node.rank]
         self._total_segments = node.segments(total_count, np.float64)
         self._node_totals = node.shared(total_count, np.float64)
@@ -138,11 +139,20 @@ class AllReduceExchange:
         self.totals[:] = self._node_totals
 
     def gather_state(self) -> dict[str, np.ndarray]:
-        """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective."""
+        """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
+
+        Valid until the next step: one rank alone gives its own arrays, and several gather into the memory of the
+        node's gradients, which hold nothing between steps, as far as that reaches.
+        """
+        if self.node.size == 1:
+            return dict(sorted(self.state.items()))
         whole = {}
-        for name, own in sorted(self.state.items()):
+        room = itertools.chain(self._segments, itertools.repeat(None))
+        for (name, own), segment in zip(sorted(self.state.items()), room, strict=False):
             counts = self.node.comm.allgather(int(own.size))
-            everything = np.empty(sum(counts) if self.node.rank == 0 else 0, own.dtype)
+            everything = np.empty(0, own.dtype)
+            if self.node.rank == 0:
+                everything = np.empty_like(self.parameters) if segment is None else segment
             self.node.comm.Gatherv(own, (everything, counts) if self.node.rank == 0 else None, root=0)
             whole[name] = everything
         return whole
@@ -241,10 +251,10 @@ def _sum(chunk: Chunk) -> None:
         np.add(chunk.total, gradient, out=chunk.total)
 
 
-def _leave_shared_memory_if_short(world: World, parameter_count: int) -> str | None:
+def _leave_shared_memory_if_short(world: World, parameter_count: int, total_count: int) -> str | None:
     """Make every rank its own node where the windows would not fit; returns the reason on the rank that saw it."""
     local_ranks = world.node_comm.Get_size()
-    needed = 4 * parameter_count * (local_ranks + 1) + (1 << 20)
+    needed = (4 * parameter_count + 8 * total_count) * (local_ranks + 1) + (1 << 20)
     shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
     if any(world.gather_everywhere(shortage is not None)):
         world.split_nodes_into_ranks()

@@ -25,6 +25,7 @@ from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
@@ -40,7 +41,7 @@ class Vectors(NamedTuple):
 
     parameters: np.ndarray  # (parameter_count,) float32
     gradient: np.ndarray  # (parameter_count,) float32
-    totals: np.ndarray  # (len(TOTALS),) float64
+    totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
 
 
 class Exchange(Protocol):
@@ -48,7 +49,8 @@ class Exchange(Protocol):
 
     parameters: np.ndarray  # (parameter_count,) float32
     gradient: np.ndarray  # (parameter_count,) float32, this rank's sum
-    totals: np.ndarray  # (len(TOTALS),) float64; this rank's sums before step, all ranks' after
+    # TOTALS, then the sums of layers with state: this rank's before step, all ranks' after.
+    totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
     note: str | None  # something a person should know, such as a fallback
 
@@ -84,8 +86,10 @@ def open_exchange(
         return _open_parameter_server(world, job, model, resumed, resume, initial)
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
-    exchange = AllReduceExchange(world, make_update(job), count, decayed, len(TOTALS), job.training.clip_norm)
-    model.attach(exchange.parameters, exchange.gradient)
+    total_count = len(TOTALS) + model.sum_count
+    exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+    reduce = Reduction(world, exchange.node)
+    model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
     if resume:
         parameters = world.broadcast_array(resumed.parameters if resumed else None, count)
@@ -98,8 +102,16 @@ def open_exchange(
         model.initialize(job.training.seed)
         if initial is not None:
             initial.load(model)
+    _share_state(world, model, resumed)
     exchange.publish_parameters()
     return exchange
+
+
+def _share_state(world: World, model: Model, resumed: Checkpoint | None) -> None:
+    """Let every rank's state be rank 0's: a checkpoint's, or what the model began with. Collective."""
+    if model.state_count:
+        held = model.state if resumed is None else resumed.model_state
+        model.state[:] = world.broadcast_array(held if world.rank == 0 else None, model.state_count)
 
 
 def check_fits(checkpoint: Checkpoint, model: Model, job: job_pb2.JobSpec) -> None:
@@ -110,6 +122,12 @@ def check_fits(checkpoint: Checkpoint, model: Model, job: job_pb2.JobSpec) -> No
     """
     if checkpoint.layout_digest != model.layout_digest:
         raise CheckpointFault("the checkpoint is of a model with other layers or shapes; resume with the same job")
+    found = 0 if checkpoint.model_state is None else checkpoint.model_state.size
+    if found != model.state_count:
+        raise CheckpointFault(
+            f"the checkpoint has {found} running statistics and the model {model.state_count}; "
+            "start anew without --resume"
+        )
     needed = make_update(job).init(0, np.float32).keys()
     missing = sorted(needed - checkpoint.state.keys())
     if missing:
@@ -178,14 +196,15 @@ def _open_parameter_server(
     from worker.sync.parameter_server import ParameterServerExchange
 
     count = model.parameter_count
-    vectors = Vectors(np.zeros(count, np.float32), np.zeros(count, np.float32), np.zeros(len(TOTALS)))
-    model.attach(vectors.parameters, vectors.gradient)
+    vectors = Vectors(np.zeros(count, np.float32), np.zeros(count, np.float32), np.zeros(len(TOTALS) + model.sum_count))
+    model.attach(vectors.parameters, vectors.gradient, vectors.totals[len(TOTALS) :], world.sum)
     if resume:
         vectors.parameters[:] = world.broadcast_array(resumed.parameters if resumed else None, count)
     else:
         model.initialize(job.training.seed)
         if initial is not None:
             initial.load(model)
+    _share_state(world, model, resumed)
 
     generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
     token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)

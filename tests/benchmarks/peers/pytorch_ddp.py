@@ -11,7 +11,7 @@ from typing import NoReturn
 
 import torch
 import torch.distributed
-from pytorch_eager import describe_version, load_tensors, make_model, make_optimizer
+from pytorch_eager import describe_version, load_tensors, loss_of, make_optimizer
 from stopwatch import Stopwatch, peak_memory_bytes, print_result, read_arguments
 
 WORLD_SIZE = 2
@@ -22,20 +22,18 @@ def main(rank: int) -> NoReturn:
     arguments = read_arguments()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    meeting_place = arguments.rendezvous.absolute().as_uri()
+    meeting_place = (arguments.scratch / "rendezvous").absolute().as_uri()
     torch.distributed.init_process_group("gloo", meeting_place, TIMEOUT, rank=rank, world_size=WORLD_SIZE)
-    features, labels = load_tensors(arguments)
+    features, targets, model = load_tensors(arguments)
     # Gradients that live in the buckets are not copied; a graph that never changes need not be searched each step.
-    model = torch.nn.parallel.DistributedDataParallel(
-        make_model(arguments.units), gradient_as_bucket_view=True, static_graph=True
-    )
+    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
     optimizer = make_optimizer(model, arguments.learning_rate)
+    batch_loss = loss_of(model)
     stopwatch = Stopwatch()
     for _ in range(arguments.epochs):
         order = torch.randperm(len(features))[rank::WORLD_SIZE]  # the same permutation on each rank: one seed
         for indices in order.split(arguments.batch_size):
-            logits = model(features.index_select(0, indices))
-            loss = torch.nn.functional.cross_entropy(logits, labels.index_select(0, indices))
+            loss = batch_loss(features.index_select(0, indices), targets.index_select(0, indices))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

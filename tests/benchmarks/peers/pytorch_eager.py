@@ -1,17 +1,12 @@
 """PyTorch, eager, one process, one thread: the training loop of its tutorials with the fast settings chosen."""
 
-import itertools
+from collections.abc import Callable
 
 import torch
+from pytorch_model import has_convolutions, make_model
 from stopwatch import Arguments, Stopwatch, load_arrays, peak_memory_bytes, print_result, read_arguments
 
-
-def make_model(units: tuple[int, ...]) -> torch.nn.Sequential:
-    """Dense layers with a ReLU between each two."""
-    layers: list[torch.nn.Module] = []
-    for inputs, outputs in itertools.pairwise(units):
-        layers += [torch.nn.Linear(inputs, outputs), torch.nn.ReLU()]
-    return torch.nn.Sequential(*layers[:-1])
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]  # of features and targets
 
 
 def make_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.Adam:
@@ -19,9 +14,22 @@ def make_optimizer(model: torch.nn.Module, learning_rate: float) -> torch.optim.
     return torch.optim.Adam(model.parameters(), lr=learning_rate, fused=True)
 
 
-def load_tensors(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor]:
-    features, labels = load_arrays(arguments)
-    return torch.from_numpy(features), torch.from_numpy(labels)
+def load_tensors(arguments: Arguments) -> tuple[torch.Tensor, torch.Tensor, torch.nn.Module]:
+    """Features and targets as the model takes them, and the model."""
+    features, targets = map(torch.from_numpy, load_arrays(arguments))
+    model = make_model(arguments.model, tuple(features.shape[1:]))
+    if has_convolutions(arguments.model):
+        features = features.unsqueeze(1)  # one channel
+    return features, targets, model
+
+
+def loss_of(model: torch.nn.Module) -> Loss:
+    """Cross-entropy, the mean over samples or over all positions of all samples."""
+
+    def loss(features: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(model(features).flatten(0, -2), targets.flatten())
+
+    return loss
 
 
 def describe_version() -> str:
@@ -29,19 +37,17 @@ def describe_version() -> str:
     return f"PyTorch {torch.__version__} with {'MKL' if torch.backends.mkl.is_available() else 'its own BLAS'}"
 
 
-def main() -> None:
-    arguments = read_arguments()
+def train(arguments: Arguments, prepare: Callable[[Loss], Loss]) -> None:
+    """Train and print the result; `prepare` may make something faster of the function from a batch to its loss."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    features, labels = load_tensors(arguments)
-    model = make_model(arguments.units)
+    features, targets, model = load_tensors(arguments)
     optimizer = make_optimizer(model, arguments.learning_rate)
+    batch_loss = prepare(loss_of(model))
     stopwatch = Stopwatch()
     for _ in range(arguments.epochs):
         for indices in torch.randperm(len(features)).split(arguments.batch_size):
-            loss = torch.nn.functional.cross_entropy(
-                model(features.index_select(0, indices)), labels.index_select(0, indices)
-            )
+            loss = batch_loss(features.index_select(0, indices), targets.index_select(0, indices))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
@@ -56,4 +62,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train(read_arguments(), prepare=lambda loss: loss)

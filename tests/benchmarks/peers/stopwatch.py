@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -19,41 +19,64 @@ import numpy as np
 class Arguments(NamedTuple):
     """What the benchmark asks of a peer."""
 
-    units: tuple[int, ...]  # features, hidden layers, classes
+    model: list[Any]  # layers as in a job file
     batch_size: int  # samples a rank takes in a step
     epochs: int  # at least 2: the first is not timed
     learning_rate: float
-    features: Path  # .npy, uint8 (n, height, width)
-    labels: Path  # .npy, int64 (n,)
-    rendezvous: Path  # a file that does not exist yet, where the processes of one run can meet
+    scratch: Path  # an empty folder, this run's own
+    features: Path | None  # .npy, uint8 (n, height, width)
+    labels: Path | None  # .npy, int64 (n,)
+    text: Path | None  # in place of both: a text whose bytes are the tokens,
+    context: int  # so many of them a sample, and the byte behind each is its target
 
 
 def read_arguments() -> Arguments:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--units", type=int, nargs="+", required=True)
+    parser.add_argument("--model", type=json.loads, required=True)
     parser.add_argument("--batch-size", type=int, required=True)
     parser.add_argument("--epochs", type=int, required=True)
     parser.add_argument("--learning-rate", type=float, required=True)
-    parser.add_argument("--features", type=Path, required=True)
-    parser.add_argument("--labels", type=Path, required=True)
-    parser.add_argument("--rendezvous", type=Path, required=True)
-    given = vars(parser.parse_args())
-    return Arguments(**{**given, "units": tuple(given["units"])})
+    parser.add_argument("--scratch", type=Path, required=True)
+    parser.add_argument("--features", type=Path)
+    parser.add_argument("--labels", type=Path)
+    parser.add_argument("--text", type=Path)
+    parser.add_argument("--context", type=int, default=0)
+    return Arguments(**vars(parser.parse_args()))
 
 
 def load_arrays(arguments: Arguments) -> tuple[np.ndarray, np.ndarray]:
-    """Features as float32 (n, height * width) between 0 and 1, labels as int64 (n,): converted once."""
-    images = np.load(arguments.features, mmap_mode="r")
-    features = images.reshape(len(images), -1).astype(np.float32)
+    """Features and targets, converted once.
+
+    Images as float32 (n, height, width) between 0 and 1 with labels int64 (n,); of a text both are int64 (n, context).
+    """
+    if arguments.text is not None:
+        tokens = np.fromfile(arguments.text, np.uint8).astype(np.int64)
+        samples = (len(tokens) - 1) // arguments.context
+        shape = (samples, arguments.context)
+        size = samples * arguments.context
+        return tokens[:size].reshape(shape), tokens[1 : size + 1].reshape(shape)
+    features = np.load(arguments.features, mmap_mode="r").astype(np.float32)
     features *= np.float32(1 / 255)
     return features, np.load(arguments.labels)
+
+
+def kind_and_options(layer: Any) -> tuple[str, dict[str, Any]]:
+    """A layer of a job file: a name, or a name with its options."""
+    if isinstance(layer, str):
+        return layer, {}
+    ((kind, options),) = layer.items()
+    return kind, options
 
 
 class Stopwatch:
     """Times a rank's training: call `step_done` after every step and `epoch_done` after every epoch."""
 
-    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.perf_counter, busy_clock: Callable[[], float] = time.process_time
+    ) -> None:
         self._clock = clock
+        self._busy_clock = busy_clock  # of all threads together
+        self._busy_from = self._busy_seconds = 0.0
         self.seconds_to_first_step = 0.0
         self._timed_from: float | None = None
         self._timed_samples = 0
@@ -67,14 +90,20 @@ class Stopwatch:
         """`samples` is what all ranks together trained on; the first epoch starts the clock and is not counted."""
         now = self._clock()
         if self._timed_from is None:
-            self._timed_from = now
+            self._timed_from, self._busy_from = now, self._busy_clock()
         else:
             self._timed_samples += samples
             self._timed_seconds = now - self._timed_from
+            self._busy_seconds = self._busy_clock() - self._busy_from
 
     @property
     def samples_per_second(self) -> float:
         return self._timed_samples / self._timed_seconds
+
+    @property
+    def busy_cores(self) -> float:
+        """How many cores the threads of this process kept busy."""
+        return self._busy_seconds / self._timed_seconds
 
 
 def seconds_since_process_start() -> float:
@@ -89,13 +118,21 @@ def peak_memory_bytes() -> int:
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 
-def print_result(stopwatch: Stopwatch, *, peak_memory_bytes: int, train_loss: float, version: str) -> None:
-    """The result is the last line of standard output."""
+def print_result(
+    stopwatch: Stopwatch, *, peak_memory_bytes: float, train_loss: float, version: str, devices: int = 1
+) -> None:
+    """The result is the last line of standard output. `devices`: how many ranks this process is."""
     result = {
         "samples_per_second": stopwatch.samples_per_second,
         "seconds_to_first_step": stopwatch.seconds_to_first_step,
-        "peak_memory_bytes": peak_memory_bytes,
+        "peak_memory_bytes": peak_memory_bytes / devices,
+        "busy_cores": stopwatch.busy_cores / devices,
         "train_loss": train_loss,
         "version": version,
     }
     print(json.dumps(result), flush=True)
+
+
+def print_absent(reason: str) -> None:
+    """The result of a peer that cannot run on this machine."""
+    print(json.dumps({"absent": reason}), flush=True)

@@ -18,7 +18,7 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 # In test_stateful_layers.py: those that do not take samples of any shape in float64.
-ELSEWHERE = {"layer_norm", "residual", "dropout", "embedding", "positions", "linear", "attention"}
+ELSEWHERE = {"batch_norm", "layer_norm", "residual", "dropout", "embedding", "positions", "linear", "attention"}
 
 
 def test_every_layer_of_the_table_is_checked_here_or_elsewhere():

@@ -81,9 +81,11 @@ def test_activations_equal_torch_s(engine, word, samples, shape, seed, kind):
 @given(w=windows(), filters=st.integers(1, 9), bias=st.booleans(), samples=st.integers(1, 6), seed=SEEDS, kind=DTYPES)
 def test_convolution_equals_torch_s(engine, w, filters, bias, samples, seed, kind):
     def peer(x, weight, *biases):
-        # contiguous(): of permuted tensors with a lone channel PyTorch 2.13 has been seen to read the wrong memory.
-        padded = functional.pad(x.permute(0, 3, 1, 2), w.around).contiguous()
-        y = functional.conv2d(padded, weight.permute(3, 2, 0, 1).contiguous(), *biases, stride=w.stride)
+        # Cloned: of permuted tensors with a lone channel, which contiguous() leaves as they are, PyTorch 2.13 has been
+        # seen to read the wrong memory.
+        padded = functional.pad(x.permute(0, 3, 1, 2), w.around).clone(memory_format=torch.contiguous_format)
+        kernels = weight.permute(3, 2, 0, 1).clone(memory_format=torch.contiguous_format)
+        y = functional.conv2d(padded, kernels, *biases, stride=w.stride)
         return y.permute(0, 2, 3, 1)
 
     sizes = f"filters: {filters}, kernel: {w.window}, stride: {w.stride}, padding: {w.padding}"

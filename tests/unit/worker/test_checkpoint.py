@@ -1,11 +1,14 @@
 """Checkpoints: complete or absent, found newest first, damage named and skipped."""
 
+import json
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from protos.job_file import parse_job
 from worker.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -16,7 +19,9 @@ from worker.checkpoint import (
     write_atomically,
     write_checkpoint,
 )
+from worker.engine.model import Model
 from worker.errors import CheckpointFault
+from worker.sync.exchange import check_fits
 
 
 def make(step: int) -> Checkpoint:
@@ -72,3 +77,33 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(
         write_atomically(path, b"new")
     assert path.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_running_statistics_are_read_back_and_a_checkpoint_without_any_has_none(tmp_path: Path) -> None:
+    state = np.arange(6, dtype=np.float32)
+    checkpoint = replace(make(10), model_state=state, best=np.ones(10, np.float32), best_model_state=2 * state)
+    for name, written in (("with", checkpoint), ("without", make(10))):
+        write_checkpoint(tmp_path / name, written)
+    back, without = read_checkpoint(tmp_path / "with"), read_checkpoint(tmp_path / "without")
+    assert np.array_equal(back.model_state, state)
+    assert np.array_equal(back.best_model_state, 2 * state)
+    assert without.model_state is None
+    assert back.state.keys() == without.state.keys() == {"first_moment"}
+
+
+def test_a_checkpoint_must_hold_the_model_s_running_statistics() -> None:
+    job = parse_job(
+        json.dumps(
+            {
+                "data": {"train": {"built_in": "digits"}},
+                "model": [{"dense": {"units": 4}}, "batch_norm", {"dense": {"units": 10}}],
+                "loss": "softmax_cross_entropy",
+                "optimizer": "sgd",
+            }
+        )
+    )
+    model = Model(job.model, job.loss, (8,))
+    fitting = replace(make(10), layout_digest=model.layout_digest, model_state=np.zeros(8, np.float32))
+    check_fits(fitting, model, job)
+    with pytest.raises(CheckpointFault, match="has 0 running statistics and the model 8; start anew without --resume"):
+        check_fits(replace(fitting, model_state=None), model, job)

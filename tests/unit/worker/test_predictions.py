@@ -9,8 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from worker.errors import UsageFault
+from protos.job_file import parse_job
+from worker.data.preprocessing import Preprocessing
+from worker.engine.model import Model
+from worker.errors import DataFault, UsageFault
+from worker.model_file import write_model
 from worker.predictions import WRITERS, choose_writer
+from worker.use import predict_file
 
 
 def written(form, outputs, labels):
@@ -67,3 +72,37 @@ def test_csv_leaves_the_callers_file_open_also_when_its_reader_has_left():
     with pytest.raises(BrokenPipeError):
         WRITERS["csv"]([np.zeros((1, 2), np.float32)], (2,), True, file)
     assert not file.closed
+
+
+@pytest.fixture
+def folder(tmp_path: Path):
+    """The output folder of a model of text, 6 bytes at a time."""
+    layers = "{embedding: {vocabulary: 256, units: 4}}, positions, {linear: {units: 256}}"
+    data = "{train: {text: {path: gone.txt, context: 6}}}"
+    job = parse_job(f"{{data: {data}, model: [{layers}], loss: softmax_cross_entropy, optimizer: sgd}}")
+    model = Model(job.model, job.loss, (6,))
+    model.attach(np.random.default_rng(0).standard_normal(model.parameter_count).astype(np.float32))
+    write_model(tmp_path, job, model, Preprocessing())
+    return tmp_path
+
+
+def test_a_model_of_text_reads_the_bytes_of_any_file_and_tells_what_it_leaves_out(folder, capsys):
+    text = bytes(range(200, 220))
+    (folder / "a.txt").write_bytes(text)
+    np.save(folder / "a.npy", np.frombuffer(text[:18], np.uint8).reshape(3, 6))
+    predict_file(folder, folder / "a.txt", folder / "of_text.npz")
+    assert f"note: {folder / 'a.txt'}: the last 2 bytes fill no window of 6 bytes" in capsys.readouterr().err
+    predict_file(folder, folder / "a.npy", folder / "of_array.npz")
+    assert capsys.readouterr().err == ""
+    with np.load(folder / "of_text.npz") as of_text, np.load(folder / "of_array.npz") as of_array:
+        assert of_text["outputs"].shape == (3, 6, 256)
+        np.testing.assert_allclose(of_text["outputs"].sum(axis=-1), 1, rtol=1e-5)
+        np.testing.assert_array_equal(of_text["outputs"], of_array["outputs"])
+        np.testing.assert_array_equal(of_text["labels"], of_array["labels"])
+
+
+def test_a_text_shorter_than_a_window_is_refused(folder):
+    (folder / "a.txt").write_bytes(b"short")
+    with pytest.raises(DataFault, match=re.escape("a.txt: holds 5 bytes, and the model takes 6 at a time")):
+        predict_file(folder, folder / "a.txt", folder / "a.csv")
+    assert not (folder / "a.csv").exists()

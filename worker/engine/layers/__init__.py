@@ -1,11 +1,12 @@
 """The layers, under the names the job file gives them: those of the oneof in `Layer` of protos/job.proto.
 
-A new layer is a message in job.proto, a class that keeps to layer.py, and a line here.
+A new layer is a message in job.proto, a class that keeps to layer.py, and a line here: layer.py says more.
 """
 
 from typing import Final
 
 from worker.engine.layers.attention import Attention
+from worker.engine.layers.batch_norm import BatchNorm
 from worker.engine.layers.conv2d import Conv2d
 from worker.engine.layers.dense import Dense
 from worker.engine.layers.dropout import Dropout
@@ -44,4 +45,5 @@ LAYERS: Final[dict[str, type[Layer]]] = {
     "positions": Positions,
     "linear": Linear,
     "attention": Attention,
+    "batch_norm": BatchNorm,
 }

@@ -55,7 +55,7 @@ class Embedding:
         flat = x.reshape(-1)
         self.tokens = self.indices[: len(flat)]
         # The bounds first: what does not fit an integer must not be made one. Written so that nan fails too.
-        if not (flat.min() >= 0 and flat.max() < self.vocabulary):
+        if not (flat.min(initial=0) >= 0 and flat.max(initial=0) < self.vocabulary):
             self._refuse(x, ~((x >= 0) & (x < self.vocabulary)))
         np.copyto(self.tokens, flat, casting="unsafe")
         if not np.array_equal(self.tokens, flat):

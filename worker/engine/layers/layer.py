@@ -1,16 +1,28 @@
 """What a layer is to the model.
 
+A new layer is one message in protos/job.proto with a line in `Layer` there, one class that keeps to the protocols
+below, and one line in `LAYERS`. Every layer is a `Layer`. One that acts otherwise in training than in evaluation is a
+`VaryingLayer` too, and one that keeps numbers which training changes without a gradient is a `StatefulLayer`: the
+model finds the methods and calls them, checkpoints, model files and the exchange between ranks follow by themselves.
+
 Rules: a layer is made from its options in the job file and the shape of one incoming sample, and raises ModelFault
 where they do not fit (the model adds the place). It makes its buffers in `reserve` and allocates nothing big
-afterwards. `forward` may keep its input until `backward_*` has run; the caller leaves it alone until then.
+afterwards. `forward` may keep its input until `backward_*` has run; the caller leaves it alone until then. A
+batch may be empty: of ranks that compute something together some may have no samples.
 """
 
-from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
+import numpy as np
 import numpy.typing as npt
 
 from worker.engine.params import FloatArray, Parameter, Shape
+
+Sums: TypeAlias = npt.NDArray[np.float64]
+# Adds up a float64 vector over all ranks, in place, to the same bits on each. Every rank calls it as often and in the
+# same order as the others.
+Reduce: TypeAlias = Callable[[Sums], None]
 
 
 class Moment(NamedTuple):
@@ -57,3 +69,28 @@ class VaryingLayer(Protocol):
 
     def begin(self, moment: Moment | None) -> None:
         """What the next `forward` is: training at this moment, or evaluation (None)."""
+
+
+@runtime_checkable
+class StatefulLayer(Protocol):
+    """A layer with state: numbers that training changes and no gradient does, such as running statistics.
+
+    A step: `forward` adds this rank's part to the sums, once for each piece of its share; the exchange adds them up
+    over all ranks; `update_state` makes of them the new state, the same on every rank. State is part of checkpoints and
+    of the model file under the names given here.
+    """
+
+    state: tuple[Parameter, ...]  # arrays by name, shape and `initial` value
+    sum_count: int  # float64 sums that `forward` leaves in training
+    # It calls `reduce` in a step: ranks without samples then run it on an empty batch. Where the job file decides, the
+    # field is called `synchronized` too, and the job's rules refuse micro_batch beside it.
+    synchronized: bool
+
+    def check_batch(self, at_once: int, batch: int) -> None:
+        """ModelFault where so few samples, in a rank at once and in the whole batch, cannot train the layer."""
+
+    def attach_state(self, values: Sequence[FloatArray], sums: Sums, reduce: Reduce) -> None:
+        """Take views, in the order of `state`, and of the sums (sum_count,), which are 0."""
+
+    def update_state(self) -> None:
+        """Take the sums over all ranks and all samples of a step into the state, and set them to 0."""

@@ -43,7 +43,7 @@ class Positions:
 
     def backward_parameters(self, dy: FloatArray) -> None:
         """dy_t/dp_t = 1, so dL/dp_t = sum over samples of dL/dy_t; a product with ones, as in the dense layer."""
-        np.dot(self.ones[: len(dy)], dy.reshape(len(dy), -1), out=self.d_weight.reshape(-1))
+        np.dot(self.ones[: len(dy)], dy.reshape(len(dy), self.d_weight.size), out=self.d_weight.reshape(-1))
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dy/dx = 1."""

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine import chain  # the module: it needs the table of layers, which needs this file
-from worker.engine.layers.layer import Moment
+from worker.engine.layers.layer import Moment, Reduce, Sums
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -29,10 +29,25 @@ class Residual:
             )
         self.output_shape: Shape = input_shape
         self.parameters: tuple[Parameter, ...] = self.inside.parameters
+        self.state: tuple[Parameter, ...] = self.inside.state
+        self.sum_count = self.inside.sum_count
+        self.synchronized = self.inside.synchronized
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
         """Take views, in the order of `parameters`."""
         self.inside.attach(values, gradients)
+
+    def check_batch(self, at_once: int, batch: int) -> None:
+        """Hand on to the layers inside."""
+        self.inside.check_batch(at_once, batch)
+
+    def attach_state(self, values: Sequence[FloatArray], sums: Sums, reduce: Reduce) -> None:
+        """Take views, in the order of `state`."""
+        self.inside.attach_state(values, sums, reduce)
+
+    def update_state(self) -> None:
+        """Hand on to the layers inside."""
+        self.inside.update_state()
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The buffers inside, the sum, and a dL/dy that the layers inside may write over.
