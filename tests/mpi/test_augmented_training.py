@@ -1,10 +1,13 @@
 """Augmented training under mpirun: the same weights on any number of ranks, in pieces, and after a resume."""
 
 import json
+import os
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
+
+from worker.data.ahead import is_worth_a_thread
 
 SAMPLES = 90
 JOB = {
@@ -59,3 +62,31 @@ def test_augmentation_is_the_same_on_any_number_of_ranks_in_pieces_and_resumed(r
     done = run_ranks(1, ["-m", "worker", "evaluate", tmp_path / "1", job, "--format", "json"])
     assert done.returncode == 0, done.stdout + done.stderr
     assert json.loads(done.stdout)["loss"] == pytest.approx(summary["validation_loss"], rel=1e-6)
+
+
+ON_ONE_CORE = (
+    "import os, sys; os.sched_setaffinity(0, {min(os.sched_getaffinity(0))}); sys.argv[0] = 'paceline-worker'; "
+)
+
+
+def test_a_run_that_reads_ahead_leaves_the_same_weights_to_the_bit(run_ranks, tmp_path):
+    if len(os.sched_getaffinity(0)) < 2:
+        pytest.skip("one core: nothing is read ahead here")
+    side, batch = 128, 96  # 4.7 MB of a batch, enough for a thread
+    assert is_worth_a_thread(batch * side * side * 3, cores=2, ranks=1)
+    random = np.random.default_rng(1)
+    images = random.integers(0, 256, (2 * batch + 9, side, side, 3), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", x=images, y=np.arange(len(images)) % 3)
+    description = JOB | {"model": [{"average_pool2d": {"size": 8}}, {"dense": {"units": 3}}]}
+    description["data"] = {"train": {"npz": {"path": str(tmp_path / "data.npz")}}} | {
+        "scale": 0.004, "augment": JOB["data"]["augment"],
+    }  # fmt: skip
+    description["training"] = {"epochs": 2, "batch_size": batch}
+    (tmp_path / "job.json").write_text(json.dumps(description))
+    ahead, _ = run(run_ranks, 1, tmp_path / "job.json", tmp_path / "ahead")
+    code = ON_ONE_CORE + "from worker.__main__ import main; main()"
+    done = run_ranks(1, ["-c", code, "train", tmp_path / "job.json", "-o", tmp_path / "in-turn"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    in_turn = load_file(tmp_path / "in-turn" / "model.safetensors")
+    for name, array in in_turn.items():
+        np.testing.assert_array_equal(ahead[name], array, err_msg=name)
