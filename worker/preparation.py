@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protos import job_pb2
+from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
@@ -28,6 +29,7 @@ class Prepared:
     validation: Dataset | None
     preprocessing: Preprocessing
     model: Model
+    augmentation: Augmentation | None = None  # of the training samples
 
 
 def prepare(job: job_pb2.JobSpec) -> Prepared:
@@ -48,6 +50,7 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             )
     elif job.data.validation_fraction > 0:
         train, validation = hold_out(train, job.data.validation_fraction, job.training.seed)
+    augmentation = make_augmentation(job.data, job.training.seed, train.sample_shape, train.place)
     model = Model(job.model, job.loss, train.sample_shape)
     if job.metrics and validation is None:
         raise DataFault(
@@ -65,7 +68,7 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
         for dataset in (train, validation):
             if dataset is not None:
                 check_tokens(dataset, preprocessing, first_layer)
-    return Prepared(train, validation, preprocessing, model)
+    return Prepared(train, validation, preprocessing, model, augmentation)
 
 
 def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> None:

@@ -154,6 +154,12 @@ def test_relative_data_paths_are_taken_from_the_folder_of_the_file(
     assert parse_job(text).data.train.npz.path == "data/x.npz"
 
 
+def test_a_url_in_place_of_a_path_is_left_as_it_is(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(minimal_with("data: {train: {npz: {path: 's3://bucket/x.npz'}}}"))
+    assert read_job_file(job).data.train.npz.path == "s3://bucket/x.npz"
+
+
 # ------------------------------------------------------------------------------------------------------------- `--set`
 
 
