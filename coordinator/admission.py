@@ -13,14 +13,15 @@ from google.protobuf.message import Message
 
 from protos import job_pb2
 from protos.rules import Violation, check, rule_of
+from protos.urls import is_under, is_url, shown
 
 
 class NotAllowed(Violation):
     """What this coordinator does not allow, in a job that may be sound elsewhere."""
 
 
-def violations_of(spec: job_pb2.JobSpec, data_roots: Sequence[Path], slots: int) -> list[Violation]:
-    """Every reason not to take the job; `data_roots` are resolved, and none of them means every place is allowed."""
+def violations_of(spec: job_pb2.JobSpec, data_roots: Sequence[Path | str], slots: int) -> list[Violation]:
+    """Every reason not to take the job; `data_roots` are resolved paths and URLs; none means every place is allowed."""
     return [*check(spec), *_path_violations(spec, "", data_roots), *_slot_violations(spec, slots)]
 
 
@@ -30,7 +31,7 @@ def _slot_violations(spec: job_pb2.JobSpec, slots: int) -> Iterator[Violation]:
         yield Violation("workers", f"{has}; start it with --slots {spec.workers} or ask for {slots} at most")
 
 
-def _path_violations(message: Message, place: str, data_roots: Sequence[Path]) -> Iterator[Violation]:
+def _path_violations(message: Message, place: str, data_roots: Sequence[Path | str]) -> Iterator[Violation]:
     for field, value in message.ListFields():
         here = f"{place}.{field.name}" if place else field.name
         if field.message_type is not None:
@@ -41,7 +42,9 @@ def _path_violations(message: Message, place: str, data_roots: Sequence[Path]) -
             yield fault
 
 
-def _path_fault(place: str, text: str, data_roots: Sequence[Path]) -> Violation | None:
+def _path_fault(place: str, text: str, data_roots: Sequence[Path | str]) -> Violation | None:
+    if is_url(text):
+        return _url_fault(place, text, data_roots)
     path = Path(text)
     if "\0" in text:
         return Violation(place, f"{text!r} is not a path")
@@ -54,8 +57,18 @@ def _path_fault(place: str, text: str, data_roots: Sequence[Path]) -> Violation 
         real = path.resolve()
     except (OSError, RuntimeError) as fault:  # a loop of links, a folder that may not be entered
         return Violation(place, f"{text!r} cannot be resolved: {fault}")
-    if any(real.is_relative_to(root) for root in data_roots):
+    if any(isinstance(root, Path) and real.is_relative_to(root) for root in data_roots):
         return None
+    return _outside(place, text, data_roots)
+
+
+def _url_fault(place: str, url: str, data_roots: Sequence[Path | str]) -> Violation | None:
+    if not data_roots or any(isinstance(root, str) and is_under(url, root) for root in data_roots):
+        return None
+    return _outside(place, shown(url), data_roots)
+
+
+def _outside(place: str, text: str, data_roots: Sequence[Path | str]) -> Violation:
     allowed = ", ".join(map(str, data_roots))
     outside = f"{text!r} is not under a folder this coordinator may read from: {allowed} (set by --data-root)"
     return NotAllowed(place, outside)

@@ -104,7 +104,7 @@ def serve(
         Path | None, typer.Option(metavar="DIR", help="Jobs, logs and output; ~/.local/state/paceline.")
     ] = None,
     data_root: Annotated[
-        list[Path], typer.Option(metavar="DIR", help="Jobs may read data only below it; may be given again.")
+        list[str], typer.Option(metavar="DIR_OR_URL", help="Jobs may read data only below it; may be given again.")
     ] = [],  # noqa: B006  # Typer copies it
     slots: Annotated[int | None, typer.Option(min=1, help="Workers that may run at once; the cores here.")] = None,
 ) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self, TextIO
 
-from coordinator.presentation import document, duration, json_line, number
+from coordinator.presentation import document, duration, json_line, number, printable
 from protos import job_pb2
 
 if TYPE_CHECKING:
@@ -42,13 +42,14 @@ class Display(Protocol):
 def report_line(report: job_pb2.Report, epochs: int) -> str:
     """One report in words, such as `epoch 1/3  step 235/705  loss 0.5123  accuracy 0.8120  51,234 samples/s`."""
     where = [f"epoch {report.epoch}/{epochs}", f"step {report.step}/{report.total_steps}"]
-    return "  ".join([*where, *_figures(report, TRAINING), speed(report), *_figures(report, VALIDATION)])
+    said = [*where, *_figures(report, TRAINING), speed(report), *_figures(report, VALIDATION), *metric_figures(report)]
+    return "  ".join(said)
 
 
 def epoch_line(report: job_pb2.Report, epochs: int) -> str:
-    """The same above a live bar, which has the rest: 80 columns hold it."""
-    width = len(str(epochs))
-    return "  ".join([f"epoch {report.epoch:{width}}/{epochs}", *_figures(report, (*TRAINING, *VALIDATION))])
+    """The same above a live bar, which has the rest: 80 columns hold it where no metrics were asked for."""
+    where = f"epoch {report.epoch:{len(str(epochs))}}/{epochs}"
+    return "  ".join([where, *_figures(report, (*TRAINING, *VALIDATION)), *metric_figures(report)])
 
 
 def speed(report: job_pb2.Report) -> str:
@@ -57,6 +58,13 @@ def speed(report: job_pb2.Report) -> str:
 
 def _figures(report: job_pb2.Report, named: Sequence[tuple[str, str]]) -> list[str]:
     return [f"{words} {number(getattr(report, field))}" for field, words in named if report.HasField(field)]
+
+
+def metric_figures(report: job_pb2.Report) -> list[str]:
+    """The metrics that are one number each, by name; lists and matrices are for `metrics.jsonl`."""
+    fields = sorted(report.validation_metrics.fields.items())
+    numbers = ((name, value.number_value) for name, value in fields if value.HasField("number_value"))
+    return [f"{printable(name.replace('_', ' '))} {number(value)}" for name, value in numbers]
 
 
 def seconds_left(report: job_pb2.Report) -> float | None:

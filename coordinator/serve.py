@@ -41,6 +41,7 @@ from coordinator.service import CoordinatorService
 from coordinator.store import Store, StoreUnusable
 from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
+from protos.urls import is_url
 
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
 LOCK = "lock"
@@ -63,7 +64,7 @@ class Settings:
     listen: Address
     http: Address
     state: Path
-    data_roots: tuple[Path, ...]  # resolved; none means jobs may read anywhere
+    data_roots: tuple[Path | str, ...]  # resolved paths, and URLs; none means jobs may read anywhere
     slots: int
     mpirun: str
     worker: str
@@ -71,7 +72,7 @@ class Settings:
     grace_seconds: float = 5.0
 
 
-def serve(listen: str, http: str, state: Path, data_roots: Sequence[Path], slots: int) -> int:
+def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
@@ -98,7 +99,7 @@ def serve(listen: str, http: str, state: Path, data_roots: Sequence[Path], slots
     return ExitCode.DONE
 
 
-def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[Path], slots: int) -> Settings:
+def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int) -> Settings:
     """Check what was typed, raising CannotServe; warns when others can reach the coordinator."""
     try:
         listen_address, http_address = parse_address("--listen", listen), parse_address("--http", http)
@@ -107,7 +108,7 @@ def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[Path
     if slots < 1:
         raise CannotServe(f"--slots: {slots} is not at least 1", ExitCode.USAGE)
     for root in data_roots:
-        if not root.is_dir():
+        if not is_url(root) and not Path(root).is_dir():
             raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
     try:
         mpirun, worker = local.find_mpirun(), local.find_worker()
@@ -116,7 +117,7 @@ def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[Path
     if not listen_address.loopback:
         reach = f"--listen {listen}: other machines can reach this coordinator and it has no authentication yet"
         print(f"warning: {reach}; whoever reaches it can run jobs here", file=sys.stderr)
-    roots = tuple(root.resolve() for root in data_roots)
+    roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)
     return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker)
 
 

@@ -47,7 +47,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         store: Store,
         changes: Changes,
         state: Path,
-        data_roots: Sequence[Path],
+        data_roots: Sequence[Path | str],
         slots: int,
     ) -> None:
         self._controller = controller

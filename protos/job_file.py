@@ -38,6 +38,7 @@ from protos.rules import (
     rule_of,
     schema_of,
 )
+from protos.urls import is_url
 
 
 class JobFileInvalid(Exception):
@@ -128,7 +129,7 @@ def _parse(text: str, settings: Sequence[str], folder: Path | None) -> JobSpec:
 def _make_paths_absolute(message: Message, folder: Path) -> None:
     for field, value in message.ListFields():
         if rule_of(field).path:
-            setattr(message, field.name, os.path.join(folder, value))
+            setattr(message, field.name, value if is_url(value) else os.path.join(folder, value))
         elif field.message_type is not None:
             for part in value if field.is_repeated else [value]:
                 _make_paths_absolute(part, folder)

@@ -134,6 +134,8 @@ def _field_violations(message: Message, field: FieldDescriptor, place: str) -> I
         given = []
     if rule.required and not given:
         yield Violation(place, f"is required{_what_it_takes(field)}")
+    if rule.longest and len(given) > rule.longest:
+        yield Violation(place, f"has {len(given)} elements, which is not at most {rule.longest}")
     for element, element_place in given:
         if field.message_type is None:
             yield from (Violation(element_place, fault) for fault in _value_faults(element, rule))

@@ -121,12 +121,6 @@ def train(arguments: argparse.Namespace) -> int:
     processes.die_with_parent(os.environ)
     processes.set_blas_threads(os.environ, os.cpu_count() or 1)
 
-    try:
-        job = read_job(arguments.job, arguments.settings)
-    except UsageFault as fault:
-        # Every rank reads the same file and finds the same faults: one of them is enough to say so.
-        return fail(str(fault), fault.exit_code) if rank == 0 else fault.exit_code
-
     from worker.run import run_job
     from worker.sync.world import AgreedFault, World
     from worker.watchdog import Watchdog
@@ -142,6 +136,12 @@ def train(arguments: argparse.Namespace) -> int:
         fail(place + sentence, ExitCode.FAILED)
         os._exit(ExitCode.FAILED)  # the main thread is blocked inside MPI; leaving makes the launcher end the others
 
+    try:
+        # Together, though every rank reads the same file: one that left before rank 0 has spoken would silence it, for
+        # the launcher then ends the others.
+        job = world.agree(lambda: read_job(arguments.job, arguments.settings))
+    except AgreedFault as fault:
+        return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
     watchdog = Watchdog(job.limits.stall_seconds, stalled)
     try:
         run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)

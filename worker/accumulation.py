@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from worker.data.ahead import ReaderAhead
 from worker.data.batches import BatchReader
 from worker.engine.layers.layer import Moment
 from worker.engine.model import Model, Totals
@@ -23,16 +24,26 @@ class Accumulator:
         self._gradient = gradient
         self._sum = np.empty_like(gradient) if self.capacity < share else gradient
 
-    def compute(self, reader: BatchReader, indices: np.ndarray, moment: Moment, meter: Meter) -> Totals:
+    def compute(
+        self,
+        reader: BatchReader | ReaderAhead,
+        indices: np.ndarray,
+        following: np.ndarray,
+        moment: Moment,
+        meter: Meter,
+    ) -> Totals:
         """Fill `gradient` with the sum over the samples at `indices`; returns the sums of the forward passes.
 
         `moment` is that of the whole share; a piece's own tells where in the batch the piece begins, so that random
-        choices do not depend on the pieces.
+        choices do not depend on the pieces. `following` are the indices of the next share, empty when there is none.
         """
         loss, correct, samples = 0.0, 0.0, 0
         pieces = range(0, max(1, len(indices)), self.capacity)
         for first in pieces:
             features, targets = reader.take(indices[first : first + self.capacity])
+            upcoming = following if first == pieces[-1] else indices[first + self.capacity :]
+            if len(upcoming):
+                reader.prepare(upcoming[: self.capacity])
             meter.lap("data")
             totals = self._model.forward(features, targets, moment._replace(first=moment.first + first))
             meter.lap("forward")

@@ -22,7 +22,15 @@ def clip_by_value(optimizer: Optimizer, limit: float) -> Optimizer:
         np.clip(g, -limit, limit, out=g)
         optimizer.update(p, g, state, step, learning_rate, decayed)
 
-    return Optimizer(optimizer.init, update)
+    first_pass = optimizer.direct
+    if first_pass is None:
+        return optimizer._replace(update=update)
+
+    def direct(p: FloatArray, g: FloatArray, state: State, step: int, decayed: Ranges) -> None:
+        np.clip(g, -limit, limit, out=g)
+        first_pass(p, g, state, step, decayed)
+
+    return optimizer._replace(direct=direct)
 
 
 def sum_of_squares(values: npt.NDArray[np.float32]) -> float:

@@ -21,12 +21,16 @@ from worker.errors import ModelFault
 Values: TypeAlias = dict[str, Any]  # name -> a number, a number for each class, or a matrix; all of them JSON
 
 
+BYTES: Final = 256
+BLOCK_ROWS: Final = 4096
+
+
 class Batch(NamedTuple):
     """What a metric sees of some samples; the positions of sequences are rows like any other."""
 
     scores: np.ndarray  # (rows, classes) or, for values, (rows, k)
-    targets: np.ndarray  # labels (rows,), or values (rows, k)
-    predicted: np.ndarray  # labels (rows,); empty for values
+    targets: np.ndarray  # labels (rows,), values (rows, k), or whether each output is a yes (rows, k)
+    predicted: np.ndarray  # labels (rows,), or yes of each output (rows, k); empty for values
 
 
 class Metric(NamedTuple):
@@ -40,7 +44,7 @@ class Metric(NamedTuple):
 def _top_k_accuracy(options: job_pb2.TopKAccuracyMetric, classes: int, center: np.ndarray) -> Metric:
     """Share of rows whose label is among the k highest outputs; of equal outputs the lower class comes first."""
     if options.k > classes:
-        raise ModelFault(f"k: {options.k} is more than the {classes} classes of the model")
+        raise ModelFault(f".k: {options.k} is more than the {classes} classes of the model")
 
     def sums(batch: Batch) -> np.ndarray:
         rows = np.arange(len(batch.targets))
@@ -63,12 +67,12 @@ def _class_counts(classes: int) -> Callable[[Batch], np.ndarray]:
     return sums
 
 
-def _by_class(name: str, classes: int, of_counts: Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]) -> Metric:
+def _by_class(name: str, classes: int) -> Metric:
     """A number for each class, and its mean over the classes that occur as a label or as a prediction."""
 
     def values(total: np.ndarray) -> Values:
         right, predicted, actual = total.reshape(3, classes)
-        each = of_counts(right, predicted, actual)
+        each = OF_COUNTS[name](right, predicted, actual)
         occurring = predicted + actual > 0
         mean = float(each[occurring].mean()) if occurring.any() else 0.0
         return {name: mean, f"{name}_per_class": each.tolist()}
@@ -76,19 +80,39 @@ def _by_class(name: str, classes: int, of_counts: Callable[[np.ndarray, np.ndarr
     return Metric(3 * classes, _class_counts(classes), values)
 
 
+def _by_output(name: str, outputs: int) -> Metric:
+    """A number for each yes-or-no output, that of its yes, and its mean over all outputs."""
+
+    def sums(batch: Batch) -> np.ndarray:
+        right = batch.targets & batch.predicted
+        return np.concatenate([np.count_nonzero(yes, axis=0) for yes in (right, batch.predicted, batch.targets)])
+
+    def values(total: np.ndarray) -> Values:
+        each = OF_COUNTS[name](*total.reshape(3, outputs))
+        return {name: float(each.mean()), f"{name}_per_class": each.tolist()}
+
+    return Metric(3 * outputs, sums, values)
+
+
+# Precision: of the rows given a class, the share that has it. Recall: of the rows that have it, the share given it. F1:
+# the harmonic mean of the two, p and r: 2pr / (p + r) = 2 right / (predicted + actual).
+OF_COUNTS: Final[dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]]] = {
+    "precision": lambda right, predicted, actual: _ratios(right, predicted),
+    "recall": lambda right, predicted, actual: _ratios(right, actual),
+    "f1": lambda right, predicted, actual: _ratios(2 * right, predicted + actual),
+}
+
+
 def _precision(options: job_pb2.PrecisionMetric, classes: int, center: np.ndarray) -> Metric:
-    """Of the rows given a class, the share that has it."""
-    return _by_class("precision", classes, lambda right, predicted, actual: _ratios(right, predicted))
+    return _by_class("precision", classes)
 
 
 def _recall(options: job_pb2.RecallMetric, classes: int, center: np.ndarray) -> Metric:
-    """Of the rows that have a class, the share given it."""
-    return _by_class("recall", classes, lambda right, predicted, actual: _ratios(right, actual))
+    return _by_class("recall", classes)
 
 
 def _f1(options: job_pb2.F1Metric, classes: int, center: np.ndarray) -> Metric:
-    """Harmonic mean of precision p and recall r: 2pr / (p + r) = 2 right / (predicted + actual)."""
-    return _by_class("f1", classes, lambda right, predicted, actual: _ratios(2 * right, predicted + actual))
+    return _by_class("f1", classes)
 
 
 def _confusion_matrix(options: job_pb2.ConfusionMatrixMetric, classes: int, center: np.ndarray) -> Metric:
@@ -138,6 +162,27 @@ def _r2(options: job_pb2.R2Metric, k: int, center: np.ndarray) -> Metric:
     return Metric(3 * k + 1, sums, values)
 
 
+def _bits_per_byte(options: job_pb2.BitsPerByteMetric, classes: int, center: np.ndarray) -> Metric:
+    """-log2 p of the byte that came, on average: the cross-entropy L in units of log 2, whatever the loss adds to it.
+
+    L = log sum_i e^(z_i - c) - (z_y - c) with c = max_i z_i, as at SoftmaxCrossEntropy.
+    """
+    if classes != BYTES:
+        raise ModelFault(f": needs the {BYTES} classes of bytes, and the model has {classes}: end with {BYTES} units")
+
+    def sums(batch: Batch) -> np.ndarray:
+        nats = 0.0
+        for first in range(0, len(batch.targets), BLOCK_ROWS):  # an evaluation has too many rows to copy at once
+            scores, targets = batch.scores[first : first + BLOCK_ROWS], batch.targets[first : first + BLOCK_ROWS]
+            shifted = scores - scores.max(axis=1, keepdims=True)
+            right = np.take_along_axis(shifted, targets[:, np.newaxis], axis=1)
+            logarithms = np.log(np.exp(shifted).sum(axis=1))
+            nats += float(np.sum(logarithms, dtype=np.float64) - np.sum(right, dtype=np.float64))
+        return np.array([nats, len(batch.targets)])
+
+    return Metric(2, sums, lambda total: {"bits_per_byte": _ratio(total[0], total[1]) / math.log(2)})
+
+
 METRICS: Final[dict[str, Callable[[Any, int, np.ndarray], Metric]]] = {
     "top_k_accuracy": _top_k_accuracy,
     "precision": _precision,
@@ -146,6 +191,7 @@ METRICS: Final[dict[str, Callable[[Any, int, np.ndarray], Metric]]] = {
     "confusion_matrix": _confusion_matrix,
     "root_mean_squared_error": _root_mean_squared_error,
     "r2": _r2,
+    "bits_per_byte": _bits_per_byte,
 }
 
 
@@ -161,21 +207,28 @@ class MetricSums:
 
     def __init__(self, metrics: Sequence[job_pb2.Metric], model: Model, targets: np.ndarray) -> None:
         units = model.output_shape[-1]
-        self._logits_of_two = model.loss_kind == "binary_cross_entropy"
-        self._labels = self._logits_of_two or model.loss_kind == "softmax_cross_entropy"
-        if metrics and self._logits_of_two and units > 1:
-            raise ModelFault(
-                f"metrics: need one label a sample, and binary_cross_entropy over {units} outputs gives {units} of them"
-            )
+        yes_or_no = model.loss_kind == "binary_cross_entropy"
+        self._logits_of_two = yes_or_no and units == 1
+        self._logits_of_many = yes_or_no and units > 1
+        self._labels = yes_or_no or model.loss_kind == "softmax_cross_entropy"
         width = 2 if self._logits_of_two else units
         center = np.zeros(units) if self._labels else targets.mean(axis=0, dtype=np.float64)
         self._metrics = []
         for index, metric in enumerate(metrics):
             kind = str(metric.WhichOneof("kind"))
+            if self._logits_of_many:
+                if kind not in OF_COUNTS:
+                    raise ModelFault(
+                        f"metrics[{index}].{kind}: needs one label a sample, and binary_cross_entropy over {units} "
+                        f"outputs gives {units} of them; it takes {', '.join(OF_COUNTS)}"
+                    )
+                self._metrics.append(_by_output(kind, units))
+                continue
             try:
                 self._metrics.append(METRICS[kind](getattr(metric, kind), width, center))
             except ModelFault as fault:
-                raise ModelFault(f"metrics[{index}].{kind}.{fault}") from None
+                # The message begins with the setting at fault, or with a colon.
+                raise ModelFault(f"metrics[{index}].{kind}{fault}") from None
         self.sums = np.zeros(sum(metric.width for metric in self._metrics))
 
     def add(self, outputs: np.ndarray, targets: np.ndarray) -> None:
@@ -197,6 +250,8 @@ class MetricSums:
     def _batch(self, outputs: np.ndarray, targets: np.ndarray) -> Batch:
         if not self._labels:
             return Batch(outputs, targets, np.empty(0, np.int64))
+        if self._logits_of_many:
+            return Batch(outputs, targets >= 0.5, outputs > 0)
         if self._logits_of_two:
             yes = outputs.reshape(-1)
             scores = np.stack([-yes, yes], axis=1)

@@ -2,9 +2,9 @@
 
 Rules: an optimizer is two functions and its state is named 1-D arrays, so the same code serves a rank's slice, a
 parameter server's chunk and a checkpoint. Everything is in place and element by element: cutting the vector anywhere
-changes no result. The gradient is the mean over the batch and becomes scratch space, so no step allocates. Work goes
-slice by slice, so that the several passes over a slice find it in the processor's cache. Formulas and conventions are
-PyTorch's.
+changes no result; what a step needs of whole tensors is added up between two passes (trust_ratio.py). The gradient is
+the mean over the batch and becomes scratch space, so no step allocates. Work goes slice by slice, so that the several
+passes over a slice find it in the processor's cache. Formulas and conventions are PyTorch's.
 
 The scale of the moments: `first_moment` and `second_moment` hold the plain sums m <- b1 m + g and v <- b2 v + g^2.
 The textbook's averages are (1 - b1) m and (1 - b2) v; those factors are folded into the learning rate and epsilon,
@@ -40,19 +40,23 @@ class Optimizer(NamedTuple):
     # The gradient is the mean over the batch and is overwritten; steps count from 1; `decayed` are the ranges
     # (start, stop) of these arrays that weight decay applies to.
     update: Callable[[FloatArray, FloatArray, State, int, float, Ranges], None]
+    # direct(parameters, gradient, state, step, decayed): where there is one, it comes first. The gradient becomes the
+    # step's direction; trust_ratio.py scales that, and `update` takes it in the gradient's place.
+    direct: Callable[[FloatArray, FloatArray, State, int, Ranges], None] | None = None
 
 
 def sgd(options: job_pb2.SgdOptimizer) -> Optimizer:
     """W := W - eta dL/dW (seed document, "Weight & Bias Update")."""
 
-    def update(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
-        rate = float(learning_rate)
-        for start, stop in _slices(len(p)):
-            w, d = p[start:stop], g[start:stop]
-            np.multiply(d, rate, out=d)
-            np.subtract(w, d, out=w)
+    return Optimizer(_zeros(), _descend)
 
-    return Optimizer(_zeros(), update)
+
+def _descend(p: FloatArray, g: FloatArray, state: State, step: int, learning_rate: float, decayed: Ranges) -> None:
+    rate = float(learning_rate)
+    for start, stop in _slices(len(p)):
+        w, d = p[start:stop], g[start:stop]
+        np.multiply(d, rate, out=d)
+        np.subtract(w, d, out=w)
 
 
 def momentum(options: job_pb2.MomentumOptimizer) -> Optimizer:
@@ -207,6 +211,39 @@ def adamw(options: job_pb2.AdamwOptimizer) -> Optimizer:
     return adam(options, options.weight_decay)
 
 
+def lamb(options: job_pb2.LambOptimizer) -> Optimizer:
+    """Each weight tensor goes as far as its norm allows: W := W - eta (||W|| / ||r||) r (You et al. 2020, algorithm 2).
+
+    The direction is Adam's with decay, r = M / (1 - b1^t) / (sqrt(V / (1 - b2^t)) + eps) + lambda W; as in `adam` that
+    is (c1/c2) m / (sqrt(v) + eps/c2) + lambda W. The norms' quotient is the trust ratio, 1 for biases.
+    """
+    b1, b2, epsilon, weight_decay = options.beta1, options.beta2, options.epsilon, options.weight_decay
+
+    def direct(p: FloatArray, g: FloatArray, state: State, step: int, decayed: Ranges) -> None:
+        c1 = (1 - b1) / (1 - b1**step)
+        c2 = math.sqrt((1 - b2) / (1 - b2**step))
+        for start, stop in _slices(len(p)):
+            d, m, v = g[start:stop], state["first_moment"][start:stop], state["second_moment"][start:stop]
+            t = scratch(d)
+            np.multiply(m, b1, out=m)
+            np.add(m, d, out=m)
+            np.multiply(v, b2, out=v)
+            np.multiply(d, d, out=d)
+            np.add(v, d, out=v)
+            np.sqrt(v, out=d)
+            np.add(d, epsilon / c2, out=d)
+            np.divide(m, d, out=d)
+            np.multiply(d, c1 / c2, out=d)
+            if weight_decay:
+                for first, last in _within(decayed, start, stop):
+                    shrinking = t[: last - first]
+                    np.multiply(p[first:last], weight_decay, out=shrinking)
+                    np.add(g[first:last], shrinking, out=g[first:last])
+
+    scratch = _scratch()
+    return Optimizer(_zeros("first_moment", "second_moment"), _descend, direct)
+
+
 OPTIMIZERS: Final[dict[str, Callable[[Any], Optimizer]]] = {
     "sgd": sgd,
     "momentum": momentum,
@@ -215,6 +252,7 @@ OPTIMIZERS: Final[dict[str, Callable[[Any], Optimizer]]] = {
     "rmsprop": rmsprop,
     "adam": adam,
     "adamw": adamw,
+    "lamb": lamb,
 }
 
 

@@ -1,6 +1,7 @@
 """Everything a job names, opened and held against each other before any file is written or any rank waits.
 
-What cannot work is found here: data that is not there, layers that do not fit, labels the model has no output for.
+What cannot work is found here: data that is not there, layers that do not fit, labels the model has no output for,
+tokens outside the vocabulary.
 """
 
 from __future__ import annotations
@@ -8,9 +9,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from protos import job_pb2
+from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
+from worker.data.tokens import check_tokens
+from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
 from worker.errors import DataFault
@@ -25,6 +29,7 @@ class Prepared:
     validation: Dataset | None
     preprocessing: Preprocessing
     model: Model
+    augmentation: Augmentation | None = None  # of the training samples
 
 
 def prepare(job: job_pb2.JobSpec) -> Prepared:
@@ -45,6 +50,7 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             )
     elif job.data.validation_fraction > 0:
         train, validation = hold_out(train, job.data.validation_fraction, job.training.seed)
+    augmentation = make_augmentation(job.data, job.training.seed, train.sample_shape, train.place)
     model = Model(job.model, job.loss, train.sample_shape)
     if job.metrics and validation is None:
         raise DataFault(
@@ -56,7 +62,13 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             model.check_targets(dataset.targets_to_check, dataset.place)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
-    return Prepared(train, validation, make_preprocessing(job.data, train), model)
+    preprocessing = make_preprocessing(job.data, train)
+    first_layer = model.layers[0].layer
+    if isinstance(first_layer, Embedding):
+        for dataset in (train, validation):
+            if dataset is not None:
+                check_tokens(dataset, preprocessing, first_layer)
+    return Prepared(train, validation, preprocessing, model, augmentation)
 
 
 def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> None:

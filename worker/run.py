@@ -26,6 +26,7 @@ from worker.checkpoint import (
     write_checkpoint,
 )
 from worker.coordinator_client import connect
+from worker.data.stores import fetch_all, local_path
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
@@ -59,12 +60,13 @@ def run_job(
     Raises:
         Fault: AgreedFault when every rank knows of it, any other when it is this rank's own.
     """
+    world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
     world.agree(lambda: check_shares(prepared, job, world.size))
     initial = None
     if job.initialize_from and not resume:
-        initial = world.agree(lambda: open_initial_weights(Path(job.initialize_from), prepared.model))
+        initial = world.agree(lambda: open_initial_weights(Path(local_path(job.initialize_from)), prepared.model))
         for line in initial.lines():
             say(line)
     watchdog.doing("opening the output folder")
@@ -92,7 +94,9 @@ def run_job(
         doing=watchdog.doing,
     )
     try:
-        result = train(world, job, prepared, exchange, start, observers)
+        # What overflows ends in a loss or a weight that is not finite, which is reported by step.
+        with np.errstate(over="ignore", invalid="ignore"):
+            result = train(world, job, prepared, exchange, start, observers)
         if result.stopped:
             say(result.stopped)
         watchdog.doing("writing the results")

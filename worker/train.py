@@ -19,7 +19,7 @@ from typing import Any
 
 from protos import job_pb2
 from worker.accumulation import Accumulator
-from worker.data.batches import BatchReader
+from worker.data.ahead import open_reader
 from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
 from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault
@@ -73,7 +73,11 @@ def train(
     schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
     accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch)
-    reader = BatchReader(prepared.train, prepared.preprocessing, accumulator.capacity)
+    place = world.rank, world.size
+    ranks_here = world.gather_everywhere(world.host).count(world.host)
+    reader = open_reader(
+        prepared.train, prepared.preprocessing, accumulator.capacity, prepared.augmentation, ranks_here
+    )
     evaluator = None
     if prepared.validation is not None:
         evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics)
@@ -101,16 +105,20 @@ def train(
         if stopped:
             break
         order = sample_order(seed, epoch, samples)
+        reader.begin_epoch(epoch)
         meter, epoch_meter = Meter(), Meter()
         for batch in range(batches):
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
             first, last = batch_bounds(batch, samples, job.training.batch_size)
-            low, high = share(first, last, world.rank, world.size)
+            low, high = share(first, last, *place)
+            following = order[:0]
+            if batch < batches - 1:
+                following = order[slice(*share(*batch_bounds(batch + 1, samples, job.training.batch_size), *place))]
             learning_rate = schedule(samples_done, losses)
 
             meter.start_step()
-            sums = accumulator.compute(reader, order[low:high], Moment(seed, step, low - first), meter)
+            sums = accumulator.compute(reader, order[low:high], following, Moment(seed, step, low - first), meter)
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
             exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
@@ -152,6 +160,7 @@ def train(
         report(position, meter, validation)
         steady.pause()
 
+    reader.close()
     return Result(
         position=position,
         stopped=stopped,

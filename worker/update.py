@@ -43,4 +43,4 @@ def average(optimizer: Optimizer, decay: float) -> Optimizer:
         np.multiply(g, 1 - decay, out=g)
         np.add(mean, g, out=mean)
 
-    return Optimizer(init, update)
+    return optimizer._replace(init=init, update=update)

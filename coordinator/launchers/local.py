@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.launchers.causes import LAUNCHER_LOG, Cause, explain
+from protos.environment import FAST_START
 
 __all__ = [
     "Cause",
@@ -37,12 +38,6 @@ __all__ = [
     "start",
 ]
 
-# Settled by measurement: without them the pip-installed Open MPI probes UCX for a second and prints errors about it.
-FAST_START = {
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm,tcp",
-    "OMPI_MCA_osc": "^ucx",
-}
 # Without both, mpirun refuses to run as root, as in most containers. They mean nothing to other users.
 ROOT_ALLOWED = {
     "OMPI_ALLOW_RUN_AS_ROOT": "1",

@@ -154,6 +154,12 @@ def test_relative_data_paths_are_taken_from_the_folder_of_the_file(
     assert parse_job(text).data.train.npz.path == "data/x.npz"
 
 
+def test_a_url_in_place_of_a_path_is_left_as_it_is(tmp_path: Path) -> None:
+    job = tmp_path / "job.yaml"
+    job.write_text(minimal_with("data: {train: {npz: {path: 's3://bucket/x.npz'}}}"))
+    assert read_job_file(job).data.train.npz.path == "s3://bucket/x.npz"
+
+
 # ------------------------------------------------------------------------------------------------------------- `--set`
 
 
@@ -233,10 +239,10 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
     [
         ("nmae: x", "nmae: is unknown; known here: name, data, model, .*; did you mean name?"),
         ("batchSize: 3", "batchSize: is unknown; known here: .*"),
-        ("optimizer: adm", "optimizer: 'adm' is not one of: sgd, .*, lion; did you mean adam?"),
+        ("optimizer: adm", "optimizer: 'adm' is not one of: sgd, .*, lamb; did you mean adam?"),
         ("optimizer: {adm: {}}", "optimizer.adm: is unknown; known here: sgd, .*; did you mean adam?"),
         ("optimizer: [adam]", "optimizer: holds a list where a mapping of these is expected: sgd, .*"),
-        ("optimizer: {}", "optimizer: names nothing; it takes one of: sgd, .*, lion"),
+        ("optimizer: {}", "optimizer: names nothing; it takes one of: sgd, .*, lamb"),
         ("model: dense", "model: holds a word where a list is expected"),
         ("model: []", "model: is required: at least one of dense, .*"),
         ("model: [dense]", "model[0].dense.units: is required"),

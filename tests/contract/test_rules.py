@@ -8,7 +8,7 @@ from collections.abc import Iterator
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
-from protos import rules
+from protos import job_pb2, rules
 from protos.job_pb2 import JobSpec, Layer
 
 LAYERS = ", ".join(rules.option_words(rules.schema_of(Layer())))
@@ -32,13 +32,26 @@ def test_a_valid_job_breaks_no_rule_resolved_or_not() -> None:
     assert faults(rules.resolve(valid())) == []
 
 
+def test_a_list_that_is_too_long_is_named_with_its_place() -> None:
+    spec = valid()
+    spec.model.insert(0, job_pb2.Layer(conv2d=job_pb2.Conv2dLayer(filters=2, kernel=[3, 3, 3], stride=[1, 1, 1, 1])))
+    inside = spec.model.add().residual.layers.add().max_pool2d
+    inside.size.extend([2, 2, 0])
+    assert faults(spec) == [
+        "model[0].conv2d.kernel: has 3 elements, which is not at most 2",
+        "model[0].conv2d.stride: has 4 elements, which is not at most 2",
+        f"model[{len(spec.model) - 1}].residual.layers[0].max_pool2d.size: has 3 elements, which is not at most 2",
+        f"model[{len(spec.model) - 1}].residual.layers[0].max_pool2d.size[2]: 0 is not at least 1",
+    ]
+
+
 def test_an_empty_job_lacks_each_required_part_and_says_what_it_takes() -> None:
     assert faults(JobSpec()) == [
         "data: is required",
         f"model: is required: at least one of {LAYERS}",
         "loss: is required: one of mean_squared_error, softmax_cross_entropy, binary_cross_entropy, huber,"
         " mean_absolute_error",
-        "optimizer: is required: one of sgd, momentum, adam, adamw, rmsprop, adagrad, lion",
+        "optimizer: is required: one of sgd, momentum, adam, adamw, rmsprop, adagrad, lion, lamb",
     ]
 
 

@@ -3,14 +3,14 @@
 The same on any number of ranks and by either exchange, and after a resume to the last bit.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-SAMPLES, BATCH, EPOCHS = 203, 40, 9
+from tests.mpi.jobs import EPOCHS, assert_close, metrics, summary, train, write_data, write_job
+
 # A rate that drops on each plateau, a gradient that is clipped at most steps, and an average that lags behind.
 POLICIES = {
     "schedule": {"reduce_on_plateau": {"patience": 0, "factor": 0.5}, "warm_up_epochs": 0.5},
@@ -20,50 +20,7 @@ POLICIES = {
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Few samples and labels half of which are noise, so that the validation loss soon rises."""
-    random = np.random.default_rng(7)
-    features = random.standard_normal((SAMPLES, 20)).astype(np.float32)
-    targets = (features @ random.standard_normal((20, 4))).argmax(axis=1)
-    targets[::2] = random.integers(0, 4, len(targets[::2]))
-    path = tmp_path_factory.mktemp("data") / "data.npz"
-    np.savez(path, x=features, y=targets)
-    return path
-
-
-def write_job(folder: Path, data: Path, sync: str = "all_reduce", **changes: dict) -> Path:
-    job = {
-        "data": {"train": {"npz": {"path": str(data)}}, "validation_fraction": 0.2},
-        "model": changes.get("model", [{"dense": {"units": 32}}, "relu", {"dense": {"units": 4}}]),
-        "loss": "softmax_cross_entropy",
-        "optimizer": {"adam": {"learning_rate": 0.03}},
-        "schedule": changes.get("schedule", "constant"),
-        "training": {"epochs": EPOCHS, "batch_size": BATCH, "seed": 3} | changes.get("training", {}),
-        "sync": sync,
-    }
-    path = folder / f"{sync}.json"
-    path.write_text(json.dumps(job))
-    return path
-
-
-def train(run_ranks, ranks: int, job: Path, output: Path, *more: object) -> dict[str, np.ndarray]:
-    done = run_ranks(ranks, ["-m", "worker", "train", job, "-o", output, *more])
-    assert done.returncode == 0, done.stdout + done.stderr
-    return load_file(output / "model.safetensors")
-
-
-def assert_close(result: dict[str, np.ndarray], reference: dict[str, np.ndarray]) -> None:
-    """Within 1e-5 of each array's size."""
-    for name, array in result.items():
-        scale = np.abs(reference[name]).max()
-        np.testing.assert_allclose(array, reference[name], rtol=0, atol=1e-5 * scale, err_msg=name)
-
-
-def metrics(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def summary(folder: Path) -> dict:
-    return json.loads((folder / "summary.json").read_text())
+    return write_data(tmp_path_factory.mktemp("data") / "data.npz", noise=True)
 
 
 def test_all_policies_together_give_the_same_on_any_ranks_and_by_either_exchange(run_ranks, data, tmp_path) -> None:
@@ -72,7 +29,7 @@ def test_all_policies_together_give_the_same_on_any_ranks_and_by_either_exchange
     assert len(set(rates)) > 2, "the rate fell more than once"
     for sync, ranks in (("all_reduce", 2), ("all_reduce", 3), ("parameter_server", 1), ("parameter_server", 2)):
         output = tmp_path / f"{sync}-{ranks}"
-        assert_close(train(run_ranks, ranks, write_job(tmp_path, data, sync, **POLICIES), output), reference)
+        assert_close(train(run_ranks, ranks, write_job(tmp_path, data, sync=sync, **POLICIES), output), reference)
         assert [line["learning_rate"] for line in metrics(output)] == rates
         assert summary(output)["best_epoch"] == summary(tmp_path / "1")["best_epoch"]
 
@@ -80,7 +37,7 @@ def test_all_policies_together_give_the_same_on_any_ranks_and_by_either_exchange
 @pytest.mark.parametrize("sync", ["all_reduce", "parameter_server"])
 @pytest.mark.parametrize("epochs_before", [2, 6])
 def test_resumed_equals_uninterrupted_bit_for_bit(run_ranks, data, tmp_path, sync, epochs_before) -> None:
-    job = write_job(tmp_path, data, sync, **POLICIES)
+    job = write_job(tmp_path, data, sync=sync, **POLICIES)
     whole = train(run_ranks, 2, job, tmp_path / "whole")
     train(run_ranks, 2, job, tmp_path / "parts", "--set", f"training.epochs={epochs_before}")
     resumed = train(run_ranks, 2, job, tmp_path / "parts", "--resume")
@@ -90,6 +47,22 @@ def test_resumed_equals_uninterrupted_bit_for_bit(run_ranks, data, tmp_path, syn
             assert line[name] == expected[name]
     for name in ("best_epoch", "validation_loss", "validation_accuracy"):
         assert summary(tmp_path / "parts")[name] == summary(tmp_path / "whole")[name]
+
+
+def test_lamb_with_averages_and_clipped_values_gives_the_same_everywhere_and_resumed(run_ranks, data, tmp_path) -> None:
+    """Its norms are those of whole tensors: three ranks cut the first weight of 640 elements in the middle."""
+    training = {"average": {"decay": 0.8}, "clip_value": 0.005, "epochs": 5}
+    reference = train(run_ranks, 1, write_job(tmp_path, data, "lamb", training=training), tmp_path / "1")
+    for sync, ranks in (("all_reduce", 2), ("all_reduce", 3), ("parameter_server", 1), ("parameter_server", 2)):
+        job = write_job(tmp_path, data, "lamb", sync, training)
+        whole = train(run_ranks, ranks, job, tmp_path / f"{sync}-{ranks}")
+        assert_close(whole, reference)
+    for sync in ("all_reduce", "parameter_server"):
+        job = write_job(tmp_path, data, "lamb", sync, training)
+        train(run_ranks, 2, job, tmp_path / sync, "--set", "training.epochs=2")
+        resumed = train(run_ranks, 2, job, tmp_path / sync, "--resume")
+        whole = load_file(tmp_path / f"{sync}-2" / "model.safetensors")
+        assert all(np.array_equal(resumed[name], whole[name]) for name in whole)
 
 
 def test_micro_batches_add_up_to_the_batch(run_ranks, data, tmp_path) -> None:

@@ -9,15 +9,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from worker.data.augmentation import Augmentation, Augmenter
 from worker.data.preprocessing import Preprocessing
 from worker.data.sources import Dataset
 
 
 class BatchReader:
-    """Reads batches of at most `capacity` samples of a data set: preprocessed, as floats of `dtype`."""
+    """Reads batches of at most `capacity` samples of a data set: augmented, preprocessed, as floats of `dtype`."""
 
     def __init__(
-        self, dataset: Dataset, preprocessing: Preprocessing, capacity: int, dtype: DTypeLike = np.float32
+        self,
+        dataset: Dataset,
+        preprocessing: Preprocessing,
+        capacity: int,
+        dtype: DTypeLike = np.float32,
+        augmentation: Augmentation | None = None,
     ) -> None:
         self.capacity = capacity
         self._stored = dataset.features
@@ -36,6 +42,18 @@ class BatchReader:
         self._raw = self._features.reshape(stored_shape) if in_place else np.empty(stored_shape, self._stored.dtype)
         # np.take copies the whole array first when it is not laid out row by row, as a memory-mapped file may not be.
         self._in_rows = self._stored.flags.c_contiguous and self._stored.flags.aligned
+        self._augmenter = Augmenter(augmentation, stored_shape[1:], self._raw.dtype) if augmentation else None
+        self._epoch = 0
+
+    def begin_epoch(self, epoch: int) -> None:
+        """What is taken from here on is of this epoch, counted from 0: augmentation goes by it."""
+        self._epoch = epoch
+
+    def prepare(self, indices: NDArray[np.int64]) -> None:
+        """What is taken next; nothing is done about it here, see ahead.py."""
+
+    def close(self) -> None:
+        """Nothing was opened."""
 
     def take(self, indices: NDArray[np.int64]) -> tuple[NDArray[Any], NDArray[Any]]:
         """Features (n, *sample_shape) and targets of the samples at `indices`, 0 <= n <= capacity.
@@ -47,16 +65,17 @@ class BatchReader:
         if count > len(self._features):
             raise IndexError(f"a batch of {count} samples was asked of a reader with room for {len(self._features)}")
         features, targets, raw = self._features[:count], self._targets[:count], self._raw[:count]
-        if self._rows is not None:
-            indices = self._rows.take(indices)
+        rows = indices if self._rows is None else self._rows.take(indices)
         # The targets, few bytes, are gathered with the bounds check; it makes a copy that the features are spared.
         raw_targets = self._raw_targets[:count]
-        self._stored_targets.take(indices, axis=0, out=raw_targets)
+        self._stored_targets.take(rows, axis=0, out=raw_targets)
         if self._targets is not self._raw_targets:
             np.copyto(targets, raw_targets)
         if self._in_rows:
-            self._stored.take(indices, axis=0, out=raw, mode="wrap")
+            self._stored.take(rows, axis=0, out=raw, mode="wrap")
         else:
-            raw[...] = self._stored[indices]
+            raw[...] = self._stored[rows]
+        if self._augmenter:
+            self._augmenter.apply(raw, self._epoch, indices)
         self._preprocessing.apply(features if self._in_place else raw, features)
         return features, targets

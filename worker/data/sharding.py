@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 # Streams of one seed that must not repeat each other.
 EPOCH_ORDER = 0
 HELD_OUT = 1
+AUGMENTATION = 3  # 2 is that of dropout
 
 
 def permutation(count: int, seed: int, *stream: int) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ samples of shape (28, 28, 1).
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from worker.data.idx import read_idx
 from worker.data.numpy_files import read_npy, read_npz
 from worker.data.parquet import read_parquet, read_parquet_features
 from worker.data.stored_array import StoredArray, check_finite, check_numbers
+from worker.data.stores import localized, with_urls
 from worker.data.table import read_csv, read_csv_features
 from worker.data.targets import as_targets
 from worker.data.text import LARGEST_BYTE, read_text
@@ -65,6 +66,17 @@ def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
     target_kind: "labels" for targets int64 (n,), "values" for float32 (n, k). Text has labels for each byte of a
     sample: uint8 (n, context).
     """
+    local, urls = localized(source)
+    if not urls:
+        return _open_local(source, target_kind)
+    try:
+        dataset = _open_local(local, target_kind)
+    except DataFault as fault:
+        raise DataFault(with_urls(str(fault), urls)) from fault
+    return replace(dataset, place=with_urls(dataset.place, urls))
+
+
+def _open_local(source: job_pb2.Source, target_kind: str) -> Dataset:
     kind = source.WhichOneof("kind")
     if kind is None:
         raise DataFault(f"data source: names no kind; the kinds are: {', '.join(OPENERS)}")

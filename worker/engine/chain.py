@@ -13,6 +13,7 @@ from protos import job_pb2
 from worker.engine.initializers import TRANSPARENT
 from worker.engine.layers.layer import Layer, Moment, Reduce, StatefulLayer, Sums, VaryingLayer
 from worker.engine.params import FloatArray, Parameter, Shape
+from worker.engine.run_order import run_order
 from worker.errors import ModelFault
 
 
@@ -41,13 +42,16 @@ class Chain:
             nested: the layers stand inside another, whose place is put before theirs.
         """
         self._place, self._fault_type = place, NestedFault if nested else ModelFault
-        self.layers = self._build(layers, input_shape, nested)
-        self.output_shape: Shape = self.layers[-1].layer.output_shape
+        order = run_order(layers)
+        built = self._build(layers, order, input_shape, nested)
+        self.layers = [built[index] for index in range(len(layers))]  # as the job file has them
+        self.output_shape: Shape = built[order[-1]].layer.output_shape
         self.parameters: tuple[Parameter, ...] = tuple(
             _within(placed, _follower(layers[index + 1 :]), parameter)
             for index, placed in enumerate(self.layers)
             for parameter in placed.layer.parameters
         )
+        self.running = [built[index].layer for index in order]
         self._stateful = [(index, layer) for index, placed in enumerate(self.layers) if (layer := _stateful(placed))]
         self.state: tuple[Parameter, ...] = tuple(
             array._replace(name=f"{self.layers[index].place}.{array.name}")
@@ -57,8 +61,8 @@ class Chain:
         self.sum_count = sum(layer.sum_count for _, layer in self._stateful)
         self.synchronized = any(layer.synchronized for _, layer in self._stateful)
         # Nothing before the first layer with parameters is asked for a parameter's gradient.
-        trained = [index for index, placed in enumerate(self.layers) if placed.layer.parameters]
-        self.first_trained = trained[0] if trained else len(self.layers)
+        trained = [index for index, layer in enumerate(self.running) if layer.parameters]
+        self.first_trained = trained[0] if trained else len(self.running)
         # Asked once: isinstance of a protocol takes 5 us, which would be every layer's at every step.
         self._varying = [
             (index, placed.layer) for index, placed in enumerate(self.layers) if isinstance(placed.layer, VaryingLayer)
@@ -96,8 +100,7 @@ class Chain:
     def reserve(self, batch_size: int, dtype: npt.DTypeLike) -> bool:
         """Make the layers' buffers; whether what comes behind may write over the last output."""
         overwritable = False  # whether the next layer may write over its input; never over the caller's
-        for placed in self.layers:
-            layer = placed.layer
+        for layer in self.running:
             layer.reserve(batch_size, dtype, in_place=overwritable and layer.works_in_place)
             overwritable = not layer.reads_output
         return overwritable
@@ -109,8 +112,8 @@ class Chain:
 
     def forward(self, x: FloatArray) -> FloatArray:
         """The last layer's output."""
-        for placed in self.layers:
-            x = placed.layer.forward(x)
+        for layer in self.running:
+            x = layer.forward(x)
         return x
 
     def backward_parameters(self, dy: FloatArray) -> FloatArray:
@@ -119,8 +122,8 @@ class Chain:
         Each layer turns its output's delta into its parameters' gradient and into the delta of the layer before (seed
         document, steps 3 and 4).
         """
-        for index in range(len(self.layers) - 1, self.first_trained - 1, -1):
-            layer = self.layers[index].layer
+        for index in range(len(self.running) - 1, self.first_trained - 1, -1):
+            layer = self.running[index]
             if layer.parameters:
                 layer.backward_parameters(dy)
             if index > self.first_trained:
@@ -129,19 +132,23 @@ class Chain:
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx from what `backward_parameters` returned."""
-        for index in range(min(self.first_trained, len(self.layers) - 1), -1, -1):
-            dy = self.layers[index].layer.backward_input(dy)
+        for index in range(min(self.first_trained, len(self.running) - 1), -1, -1):
+            dy = self.running[index].backward_input(dy)
         return dy
 
-    def _build(self, layers: Sequence[job_pb2.Layer], input_shape: Shape, nested: bool) -> list[Placed]:
+    def _build(
+        self, layers: Sequence[job_pb2.Layer], order: Sequence[int], input_shape: Shape, nested: bool
+    ) -> dict[int, Placed]:
+        """Every layer under its index in the job file, made in the order in which they run."""
         # Imported here: the table holds the residual layer, which holds a chain.
         from worker.engine.layers import LAYERS
 
         if not layers:
             raise self._fault_type(f"{self._place}: has no layers")
-        placed: list[Placed] = []
+        placed: dict[int, Placed] = {}
         shape = input_shape
-        for index, message in enumerate(layers):
+        for index in order:
+            message = layers[index]
             kind = message.WhichOneof("kind") or ""
             place = f"{self._place}[{index}]"
             if kind not in LAYERS:
@@ -152,7 +159,7 @@ class Chain:
                 layer = LAYERS[kind](getattr(message, kind), shape)
             except ModelFault as fault:
                 raise self._fault(index, kind, fault) from None
-            placed.append(Placed(f"{index}.{kind}", kind, layer))
+            placed[index] = Placed(f"{index}.{kind}", kind, layer)
             shape = layer.output_shape
         return placed
 

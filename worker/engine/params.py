@@ -75,6 +75,9 @@ def layout_digest(slots: Sequence[ParameterSlot]) -> str:
 
 
 def decayed_ranges(slots: Sequence[ParameterSlot], start: int, stop: int) -> list[tuple[int, int]]:
-    """Ranges of `vector[start:stop]` that decay, counted from `start`: what `Optimizer.update` takes with it."""
+    """Ranges of `vector[start:stop]` that decay, counted from `start`: what `Optimizer.update` takes with it.
+
+    One range for each parameter, also where two meet: trust_ratio.py takes a norm of each.
+    """
     clipped = ((max(slot.offset, start), min(slot.stop, stop)) for slot in slots if slot.decayed)
     return [(first - start, last - start) for first, last in clipped if first < last]

@@ -76,7 +76,9 @@ def serve_parameters(
         raise UsageFault(f"{environment.JOB_TOKEN} is not set: the parameter server needs the job's token")
     keep_freed_memory()
     shard = load_shard(start_file, spec, workers, generation)
-    asyncio.run(_serve(shard, token, listen))
+    # A rank reports what overflows, by step; here it would be a second voice.
+    with np.errstate(over="ignore", invalid="ignore"):
+        asyncio.run(_serve(shard, token, listen))
 
 
 async def _serve(shard: Shard, token: str, listen: str) -> None:

@@ -3,7 +3,8 @@
 A chunk waits until its mode says that enough workers have pushed it. Then the workers' sums are added in worker order,
 divided by the samples of the whole batch, and the optimizer runs on that chunk alone; its weights go back at once,
 while later chunks are still on their way. So push, update and pull overlap. Where the gradient is clipped by its global
-norm, every chunk must be there before the first is applied; then all are, and all answers go out together.
+norm or the optimizer has trust ratios, every chunk must be there before the first is applied; then all are, and all
+answers go out together.
 
 Rules: no I/O, no thread, no clock; `now` is an argument. What is refused raises and changes nothing. The result does
 not depend on the order of arrival, to the last bit. Once `fault` says why the job cannot go on, nothing is applied.
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from worker.clipping import norm_factor, sum_of_squares
+from worker.trust_ratio import add_square_sums, scale, trust_ratios
 from worker.wire import Float32, chunk_bounds, even_chunk_elements
 
 if TYPE_CHECKING:
@@ -134,7 +136,11 @@ class Shard:
         self._chunks = {
             start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step) for start, stop in bounds
         }
-        room = len(parameters) if setup.clip_norm else min(setup.chunk_elements, len(parameters))
+        # A norm needs every chunk before the first may be applied.
+        self._waits_for_all = setup.clip_norm > 0 or optimizer.direct is not None
+        if self._waits_for_all and (setup.start, setup.stop) != (0, setup.parameter_count):
+            raise ValueError("clip_norm, and an optimizer with trust ratios, need a shard of the whole vector")
+        room = len(parameters) if self._waits_for_all else min(setup.chunk_elements, len(parameters))
         self._sum = np.empty(room, np.float32)
         self._joined: set[int] = set()
         self._left: dict[int, int] = {}  # worker -> the last step before it left
@@ -194,14 +200,17 @@ class Shard:
         if not self._mode.complete(len(chunk.held), self.setup.workers):
             return []
         self._sum_up(chunk, push.samples)
-        if not self.setup.clip_norm:
+        if not self._waits_for_all:
             return [self._apply(chunk, push)]
         means = [other.mean for other in self._chunks.values() if other.mean is not None]
         if len(means) < len(self._chunks):
             return []
-        factor = np.float32(norm_factor(math.fsum(map(sum_of_squares, means)), self.setup.clip_norm))
-        for mean in means:
-            np.multiply(mean, factor, out=mean)
+        if self.setup.clip_norm:
+            factor = np.float32(norm_factor(math.fsum(map(sum_of_squares, means)), self.setup.clip_norm))
+            for mean in means:
+                np.multiply(mean, factor, out=mean)
+        if self._optimizer.direct:
+            self._direct(push.step)
         return [self._apply(other, push) for other in self._chunks.values()]
 
     def check_member(self, worker: int, generation: int) -> None:
@@ -269,7 +278,7 @@ class Shard:
     def _sum_up(self, chunk: _Chunk, samples: int) -> None:
         """Sum in worker order, divide by the batch."""
         pushes = [chunk.held[worker] for worker in sorted(chunk.held)]
-        place = chunk.offset - self.setup.start if self.setup.clip_norm else 0
+        place = chunk.offset - self.setup.start if self._waits_for_all else 0
         chunk.mean = mean = self._sum[place : place + len(chunk.parameters)]
         total = pushes[0].gradient
         for other in pushes[1:]:
@@ -277,6 +286,15 @@ class Shard:
         np.divide(total, np.float32(samples), out=mean)
         # Their sum is all that is needed: a chunk that waits for the norm holds no more memory than one vector.
         chunk.held = {push.worker: push._replace(gradient=mean[:0]) for push in pushes}
+
+    def _direct(self, step: int) -> None:
+        """Turn the whole mean gradient into the step's direction, each tensor scaled by its trust ratio."""
+        assert self._optimizer.direct is not None
+        decayed = self.setup.decayed
+        self._optimizer.direct(self.parameters, self._sum, self.state, step, decayed)
+        sums = np.zeros((len(decayed), 2))
+        add_square_sums(sums, self.parameters, self._sum, decayed)
+        scale(self._sum, decayed, trust_ratios(sums))
 
     def _apply(self, chunk: _Chunk, push: Push) -> Answer:
         """Run the optimizer on this chunk; the answer is for all whose push was held."""

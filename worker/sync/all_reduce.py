@@ -6,7 +6,8 @@ runs the optimizer on it and writes the node's only copy of the weights; fence. 
 
 Rules: sums, not means, travel; the divisor is the global sample count, so uneven shares are exact. On nodes with
 unequal numbers of ranks there are as many slices as the smallest node has ranks. Clipping by global norm costs one more
-fence, behind which each rank reads one number of every other rank of its node.
+fence, behind which each rank reads one number of every other rank of its node; so do an optimizer's trust ratios, with
+two numbers for each tensor.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ from worker.optimizers import CHUNK_ELEMENTS, Optimizer
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
+from worker.trust_ratio import add_square_sums, tensors_within, trust_ratios
+from worker.trust_ratio import scale as scale_by_ratios
 
 CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
 
@@ -37,6 +40,7 @@ class Chunk(NamedTuple):
     total: np.ndarray  # where their sum goes
     state: dict[str, np.ndarray]
     decayed: list[tuple[int, int]]
+    tensors: slice  # which of the vector's decayed tensors these are parts of
 
 
 class AllReduceExchange:
@@ -79,8 +83,10 @@ class AllReduceExchange:
         self.state = optimizer.init(stop - start, np.float32)
         self._clip_norm = clip_norm
         self._square_sums = node.segments(1, np.float64)
+        tensors = len(decayed) if optimizer.direct else 0
+        self._tensor_sums = [segment.reshape(tensors, 2) for segment in node.segments(2 * tensors, np.float64)]
         # Where the whole slice must be summed before any of it is used.
-        self._sums_first = self._between_nodes or clip_norm > 0
+        self._sums_first = self._between_nodes or clip_norm > 0 or optimizer.direct is not None
         self._slice_total = np.zeros(stop - start if self._sums_first else 0, np.float32)
         self._chunks = self._cut(segments, start, stop, decayed)
         node.fence()
@@ -115,10 +121,19 @@ class AllReduceExchange:
         if self._clip_norm:
             scale *= np.float32(norm_factor(self._square_sum() / samples**2, self._clip_norm))
         before = perf_counter()
+        ratios = None
+        if self._optimizer.direct:
+            self._direct(step, scale)
+            updating += perf_counter() - before
+            ratios = self._trust_ratios()
+            before = perf_counter()
         for chunk in self._chunks:
-            if not self._sums_first:
-                _sum(chunk)
-            np.multiply(chunk.total, scale, out=chunk.total)
+            if ratios is not None:
+                scale_by_ratios(chunk.total, chunk.decayed, ratios[chunk.tensors])
+            else:
+                if not self._sums_first:
+                    _sum(chunk)
+                np.multiply(chunk.total, scale, out=chunk.total)
             reduced = perf_counter()
             update(chunk.parameters, chunk.total, chunk.state, step, learning_rate, chunk.decayed)
             after = perf_counter()
@@ -194,6 +209,23 @@ class AllReduceExchange:
         self.statistics.wait_seconds += perf_counter() - began
         return math.fsum(float(part[0]) for part in self._square_sums)
 
+    def _direct(self, step: int, scale: np.float32) -> None:
+        """Turn the slice's summed gradient into the step's direction, and leave its sums for the node to read."""
+        assert self._optimizer.direct is not None
+        sums = self._tensor_sums[self.node.rank]
+        sums[:] = 0
+        for chunk in self._chunks:
+            np.multiply(chunk.total, scale, out=chunk.total)
+            self._optimizer.direct(chunk.parameters, chunk.total, chunk.state, step, chunk.decayed)
+            add_square_sums(sums[chunk.tensors], chunk.parameters, chunk.total, chunk.decayed)
+
+    def _trust_ratios(self) -> np.ndarray:
+        """Of every decayed tensor: the slices of one node are the whole vector, so no other node need be asked."""
+        began = perf_counter()
+        self.node.fence()
+        self.statistics.wait_seconds += perf_counter() - began
+        return trust_ratios(np.sum(self._tensor_sums, axis=0))
+
     def _exchange_totals(self) -> None:
         node = self.node
         if node.rank != 0:
@@ -227,6 +259,7 @@ class AllReduceExchange:
                     total,
                     {name: array[low - start : high - start] for name, array in self.state.items()},
                     [(max(a, low) - low, min(b, high) - low) for a, b in decayed if a < high and b > low],
+                    tensors_within(decayed, low, high),
                 )
             )
         return chunks

@@ -14,14 +14,11 @@ from typing import Any, NoReturn, TypeVar
 
 import numpy as np
 
+from protos.environment import FAST_START
 from protos.exit_codes import ExitCode
 from worker.errors import Fault, UsageFault
 
 T = TypeVar("T")
-
-# The pip-installed Open MPI probes UCX for a second at start and warns about it. Where there is no InfiniBand to be
-# had, naming the transports saves that second. Whatever the user or the launcher has set is left alone.
-FAST_START = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
 
 
 class AgreedFault(Fault):
@@ -41,7 +38,7 @@ class World:
 
     def __init__(self, ranks_per_node: int | None = None) -> None:
         if not os.path.isdir("/sys/class/infiniband"):
-            for name, value in FAST_START.items():
+            for name, value in FAST_START.items():  # what the user or the launcher has set is left alone
                 os.environ.setdefault(name, value)
         try:
             from mpi4py import MPI

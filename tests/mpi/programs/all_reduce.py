@@ -27,7 +27,9 @@ def main() -> None:
     getattr(spec, kind).learning_rate = 0.01
     elements = int(parameter_count)
     fill_defaults(spec)
-    exchange = AllReduceExchange(world, make_optimizer(spec), elements, [(0, elements // 2)], 2, clip_norm)
+    # Two weight tensors that meet, and a bias.
+    decayed = [(0, elements // 3), (elements // 3, elements // 2)]
+    exchange = AllReduceExchange(world, make_optimizer(spec), elements, decayed, 2, clip_norm)
     if exchange.node.rank == 0:
         exchange.parameters[:] = np.random.default_rng(0).standard_normal(elements)
     exchange.publish_parameters()

@@ -18,6 +18,7 @@ from coordinator.progress import (
     LiveBar,
     PlainLines,
     Thinning,
+    epoch_line,
     open_display,
     report_line,
     seconds_left,
@@ -51,6 +52,14 @@ def shown(text: str) -> str:
 
 def test_a_report_says_what_it_has_and_no_more():
     assert report_line(report(5, 10, 1, 1.0, loss=0.5), 2) == "epoch 1/2  step 5/10  loss 0.5000  320 samples/s"
+
+
+def test_metrics_of_one_number_end_the_line_of_an_epoch():
+    found = report(10, 10, 2, 1.0, loss=0.5)
+    found.validation_metrics.update({"top_5_accuracy": 0.75, "f1": 0.5, "f1_per_class": [0.25, 0.75]})
+    said = "loss 0.5000  320 samples/s  f1 0.5000  top 5 accuracy 0.7500"
+    assert report_line(found, 2) == f"epoch 2/2  step 10/10  {said}"
+    assert epoch_line(found, 2) == "epoch 2/2  loss 0.5000  f1 0.5000  top 5 accuracy 0.7500"
 
 
 def test_time_left_follows_from_the_present_speed():

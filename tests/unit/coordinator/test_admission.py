@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.admission import violations_of
+from coordinator.admission import NotAllowed, violations_of
 from protos import job_pb2
 from protos.job_file import parse_job
 
@@ -83,3 +83,36 @@ def test_a_refused_path_names_the_roots_there_are() -> None:
 def test_a_nul_in_a_path_is_no_path() -> None:
     (fault,) = violations_of(job("/data\0.csv"), (Path("/data"),), 2)
     assert "is not a path" in fault.message
+
+
+@pytest.mark.parametrize(
+    ("url", "allowed"),
+    [
+        ("s3://bucket/data/x.csv", True),
+        ("s3://bucket/data/below/x.csv", True),
+        ("s3://bucket/database/x.csv", False),
+        ("s3://bucket/data/../x.csv", False),
+        ("s3://bucket/data/%2e%2E/x.csv", False),
+        ("s3://other/data/x.csv", False),
+        ("file:///data/x.csv", False),
+        ("https://bucket/data/x.csv", False),
+    ],
+)
+def test_a_url_must_lie_under_a_root_that_is_one(url: str, allowed: bool) -> None:
+    faults = violations_of(job(url), (Path("/data"), "s3://bucket/data/"), 2)
+    assert [(fault.path, type(fault)) for fault in faults] == ([] if allowed else [("data.train.csv.path", NotAllowed)])
+
+
+def test_any_url_is_taken_where_no_root_is_set() -> None:
+    assert violations_of(job("s3://bucket/x.csv"), (), 2) == []
+
+
+def test_a_path_is_not_under_a_root_that_is_a_url() -> None:
+    (fault,) = violations_of(job("/data/x.csv"), ("s3://bucket",), 2)
+    assert isinstance(fault, NotAllowed)
+
+
+def test_a_refused_url_is_named_without_its_secrets() -> None:
+    (fault,) = violations_of(job("https://someone:secret@host/x.csv?signature=secret"), ("s3://bucket",), 2)
+    assert "'https://host/x.csv' is not under a folder" in fault.message
+    assert "secret" not in fault.message

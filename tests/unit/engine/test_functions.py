@@ -18,8 +18,8 @@ def test_the_normal_tail_in_float32_errs_by_no_more_than_it_says() -> None:
     a = np.linspace(0, 12, 20_001, dtype=np.float32)
     exact = np.array([math.erfc(value / math.sqrt(2)) / 2 for value in a.tolist()])
     error = np.abs(tail(a) - exact)
-    assert error.max() <= 1.8e-7
-    assert (error / exact)[a <= 5].max() <= 8e-7
+    assert error.max() <= 2.2e-7
+    assert (error / exact)[a <= 5].max() <= 1e-6
     assert (error / exact).max() <= 5e-6
 
 

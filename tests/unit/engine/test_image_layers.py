@@ -11,7 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from worker.engine.layers import LAYERS, conv2d, pooling
+from worker.engine import chain
+from worker.engine.layers import LAYERS, conv2d, pooling, winograd
+from worker.engine.layers.window import pair
 from worker.engine.model import Model
 from worker.errors import ModelFault
 
@@ -98,10 +100,59 @@ def test_the_size_of_a_slice_changes_nothing(
         np.testing.assert_allclose(sliced, whole, rtol=1e-10, atol=1e-12)
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), samples=st.integers(1, 5), seed=st.integers(0, 2**32 - 1), limit=st.integers(1, 20000))
+def test_fewer_products_make_the_same_convolution(
+    engine: Any, data: st.DataObject, samples: int, seed: int, limit: int
+) -> None:
+    """Winograd's against the unfolded one, in slices of any size, and on a smaller batch than the one before."""
+    padding = data.draw(st.sampled_from(["valid", "same"]))
+    least = 3 if padding == "valid" else 1
+    shape = tuple(data.draw(st.tuples(st.integers(least, 9), st.integers(least, 9), st.integers(1, 4))))
+    word = f"conv2d: {{filters: {data.draw(st.integers(1, 4))}, kernel: 3, padding: {padding}}}"
+    results = []
+    for channels in (1, 10**6):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(winograd, "LEAST_CHANNELS", channels)
+            patch.setattr(winograd, "LEAST_PIXELS", 1)
+            patch.setattr(winograd, "SLICE_BYTES", limit)
+            case = made(engine, word, shape, samples, seed)
+        assert case.layer.is_winograd == (channels == 1)
+        arrays = []
+        for count in (samples, samples // 2, samples):
+            arrays.append(case.layer.forward(case.x[:count]).copy())
+            case.layer.backward_parameters(case.dy[:count])
+            arrays += [case.layer.backward_input(case.dy[:count].copy()).copy()]
+            arrays += [gradient.copy() for gradient in case.gradients]
+        results.append(arrays)
+    for fewer, unfolded in zip(*results, strict=True):
+        np.testing.assert_allclose(fewer, unfolded, rtol=1e-10, atol=1e-11)
+
+
 def test_of_equal_values_in_a_window_the_first_takes_the_gradient(engine: Any) -> None:
     case = made(engine, "max_pool2d: {size: 2}", (2, 2, 1), 1, 0)
     case.layer.forward(np.array([1.0, 3, 3, 3]).reshape(1, 2, 2, 1))
     assert case.layer.backward_input(np.full((1, 1, 1, 1), 5.0)).ravel().tolist() == [0, 5, 0, 0]
+
+
+@pytest.mark.parametrize("pool", ["{size: 2}", "{size: 3, stride: 2, padding: same}", "{size: [1, 2], stride: [2, 3]}"])
+def test_relu_run_behind_the_pooling_changes_nothing(engine: Any, pool: str) -> None:
+    """Also where all of a window is 0 behind ReLU, and where its largest values are equal."""
+    words = ["conv2d: {filters: 3, kernel: 3}", "relu", f"max_pool2d: {pool}", "relu", "relu", "dense:3"]
+    results = []
+    for as_written in (False, True):
+        with pytest.MonkeyPatch.context() as patch:
+            if as_written:
+                patch.setattr(chain, "run_order", lambda layers: list(range(len(layers))))
+            case = engine.build(words, LOSS, (9, 10, 2))
+        case.parameters[...] = np.round(case.parameters * 3)
+        features, labels = engine.draw_batch(case.model, 6, 5)
+        loss = case.model.forward(np.round(features), labels).loss
+        case.model.backward()
+        results.append((loss, case.gradient))
+        assert [placed.place for placed in case.model.layers[:3]] == ["0.conv2d", "1.relu", "2.max_pool2d"]
+    assert results[0][0] == results[1][0]
+    np.testing.assert_array_equal(results[0][1], results[1][1])
 
 
 def test_a_network_of_images_learns_by_the_difference_and_leaves_its_features_alone(
@@ -132,7 +183,8 @@ def test_flatten_hands_on_memory_that_nothing_writes_over(engine: Any, differenc
 
 
 def test_a_step_on_images_allocates_nothing_big(engine: Any) -> None:
-    words = ["conv2d: {filters: 32, kernel: 3, padding: same}", "silu", "max_pool2d: {size: 2}", *NETWORK[3:]]
+    words = ["conv2d: {filters: 32, kernel: 3, padding: same}", "silu", "max_pool2d: {size: 2}"]
+    words += ["conv2d: {filters: 32, kernel: 3, padding: same}", *NETWORK[3:]]
     case = engine.build(words, LOSS, (28, 28, 1), np.float32)
     case.model.reserve(64)
     features, labels = engine.draw_batch(case.model, 64, 1)
@@ -156,13 +208,7 @@ def test_a_step_on_images_allocates_nothing_big(engine: Any) -> None:
             "model[0].conv2d: kernel: 5 x 2 is larger than its image, got samples of shape (4, 6, 1); "
             "needs at most 4 x 6, or padding: same",
         ),
-        (
-            ["conv2d: {filters: 2, kernel: [3, 3, 3]}"],
-            (8, 8, 1),
-            "model[0].conv2d: kernel: [3, 3, 3] is not one number",
-        ),
         (["max_pool2d: {size: 2}", "max_pool2d: {size: 3}"], (4, 4, 1), "model[1].max_pool2d: size: 3 x 3 is larger"),
-        (["average_pool2d: {size: 2, stride: [1, 1, 1]}"], (4, 4, 1), "stride: [1, 1, 1] is not one number"),
         (
             ["dense:4", "global_average_pool"],
             (4, 4, 1),
@@ -176,6 +222,12 @@ def test_what_does_not_fit_is_named_with_what_it_got_and_needs(
 ) -> None:
     with pytest.raises(ModelFault, match=re.escape(message)):
         Model([engine.layer(word) for word in words], engine.loss_message(LOSS), shape)
+
+
+@pytest.mark.parametrize("values", [[], [0], [3, 3, 3]])
+def test_what_is_no_pair_is_refused_where_no_rule_was_asked(values: list[int]) -> None:
+    with pytest.raises(ModelFault, match=re.escape(f"kernel: {values} is not one number for both directions, or two")):
+        pair("kernel", values)
 
 
 def test_weights_are_drawn_for_the_rectifier_they_reach_and_by_the_fans_of_a_convolution(engine: Any) -> None:

@@ -93,6 +93,19 @@ def test_convolution_equals_torch_s(engine, w, filters, bias, samples, seed, kin
     compare(engine, word, w.shape, samples, seed, kind, peer)
 
 
+@pytest.mark.parametrize("padding", ["same", "valid"])
+@pytest.mark.parametrize("kind", [np.float32, np.float64])
+def test_convolution_of_many_channels_equals_torch_s(engine, kind, padding):
+    """As winograd.py does it, on images of an odd and an even side."""
+
+    def peer(x, weight, bias):
+        y = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), bias, padding=padding)
+        return y.permute(0, 2, 3, 1)
+
+    word = f"conv2d: {{filters: 40, kernel: 3, padding: {padding}}}"
+    compare(engine, word, (13, 16, 32), 7, 1, kind, peer)
+
+
 @settings(max_examples=60, deadline=None)
 @given(w=windows(), samples=st.integers(1, 6), seed=SEEDS, kind=DTYPES)
 def test_max_pooling_equals_torch_s(engine, w, samples, seed, kind):

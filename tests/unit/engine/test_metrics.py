@@ -2,21 +2,25 @@
 
 import re
 import warnings
+from unittest.mock import patch
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.special import softmax
 from sklearn import metrics as sklearn
 
 from protos import job_pb2
 from protos.rules import check
+from worker import metrics
 from worker.errors import ModelFault
 from worker.metrics import METRICS, MetricSums
 
 SEEDS = st.integers(0, 2**32 - 1)
 OF_LABELS = ("top_k_accuracy:2", "precision", "recall", "f1", "confusion_matrix")
 OF_VALUES = ("root_mean_squared_error", "r2")
+OF_BYTES = ("bits_per_byte",)
 
 
 def asked(*words):
@@ -45,7 +49,7 @@ def counted(engine, words, loss, outputs, targets, parts):
 
 def test_the_table_names_what_the_job_file_names_and_all_are_tested():
     assert list(METRICS) == [field.name for field in job_pb2.Metric.DESCRIPTOR.fields]
-    assert {word.split(":")[0] for word in (*OF_LABELS, *OF_VALUES)} == set(METRICS)
+    assert {word.split(":")[0] for word in (*OF_LABELS, *OF_VALUES, *OF_BYTES)} == set(METRICS)
 
 
 @settings(max_examples=40, deadline=None)
@@ -71,6 +75,23 @@ def test_metrics_of_labels_equal_scikit_learn_s_over_any_split(engine, samples, 
                 values[f"{name}_per_class"], peer(labels, predicted, labels=every, average=None), atol=1e-12
             )
     assert values["confusion_matrix"] == sklearn.confusion_matrix(labels, predicted, labels=every).tolist()
+
+
+@settings(max_examples=15, deadline=None)
+@given(samples=st.integers(1, 60), parts=st.integers(1, 7), offset=st.sampled_from([0.0, 1e4]), seed=SEEDS)
+def test_bits_per_byte_are_the_logarithmic_loss_to_base_2_over_any_split(engine, samples, parts, offset, seed):
+    random = np.random.default_rng(seed)
+    outputs, labels = 3 * random.standard_normal((samples, 256)) + offset, random.integers(0, 256, samples)
+    with patch.object(metrics, "BLOCK_ROWS", 7):
+        values = counted(engine, OF_BYTES, "softmax_cross_entropy", outputs, labels, parts)
+    peer = sklearn.log_loss(labels, softmax(outputs, axis=1), labels=np.arange(256)) / np.log(2)
+    assert values == {"bits_per_byte": pytest.approx(peer, rel=1e-9)}
+
+
+def test_bits_per_byte_of_a_model_of_something_else_are_refused(engine):
+    message = "metrics[0].bits_per_byte: needs the 256 classes of bytes, and the model has 10: end with 256 units"
+    with pytest.raises(ModelFault, match=re.escape(message)):
+        counted(engine, OF_BYTES, "softmax_cross_entropy", np.zeros((4, 10)), np.zeros(4, np.int64), 1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -131,8 +152,24 @@ def test_what_does_not_fit_the_model_is_refused(engine):
     with pytest.raises(ModelFault, match=re.escape("metrics[1].top_k_accuracy.k: 5 is more than the 3 classes")):
         MetricSums(asked("f1", "top_k_accuracy:5"), three, np.zeros(1, np.int64))
     flags = engine.build(["dense:3"], "binary_cross_entropy", (2,)).model
-    with pytest.raises(ModelFault, match="need one label a sample"):
-        MetricSums(asked("f1"), flags, np.zeros((1, 3)))
+    for unfit in ("top_k_accuracy:2", "confusion_matrix"):
+        place = re.escape(f"metrics[1].{unfit.partition(':')[0]}: needs one label a sample")
+        with pytest.raises(ModelFault, match=place + ".*takes precision, recall, f1"):
+            MetricSums(asked("f1", unfit), flags, np.zeros((1, 3)))
+
+
+@settings(max_examples=30, deadline=None)
+@given(samples=st.integers(1, 40), outputs=st.integers(2, 5), parts=st.integers(1, 5), seed=st.integers(0, 1000))
+def test_yes_or_no_outputs_are_counted_as_sklearn_counts_labels(engine, samples, outputs, parts, seed):
+    random = np.random.default_rng(seed)
+    logits = random.standard_normal((samples, outputs)) - np.linspace(0, 3, outputs)  # some outputs never say yes
+    wanted = (random.random((samples, outputs)) < 0.3).astype(np.float32)
+    values = counted(engine, ["precision", "recall", "f1"], "binary_cross_entropy", logits, wanted, parts)
+    for name in ("precision", "recall", "f1"):
+        score = getattr(sklearn, f"{name}_score")
+        for average, ours in (("macro", values[name]), (None, values[f"{name}_per_class"])):
+            theirs = score(wanted.astype(int), (logits > 0).astype(int), average=average, zero_division=0)
+            np.testing.assert_allclose(ours, theirs, rtol=1e-12)
 
 
 def test_a_metric_that_has_no_meaning_for_the_loss_breaks_a_rule():

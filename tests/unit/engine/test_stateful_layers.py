@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import job_pb2
-from worker.engine.layers import LAYERS
+from worker.engine.layers import LAYERS, attention
 from worker.engine.layers.layer import Moment
 from worker.errors import DataFault, ModelFault
 
@@ -90,12 +91,13 @@ def test_positions_gradients_equal_the_difference(difference, samples, time, fea
     check_gradients(difference, "positions", job_pb2.PositionsLayer(), (time, features), samples, seed)
 
 
-@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize(("causal", "queries"), [(False, 32), (True, 32), (True, 2)])
 @settings(max_examples=20, deadline=None)
 @given(samples=st.integers(1, 3), time=SIZES, heads=st.integers(1, 3), width=st.integers(1, 4), seed=SEEDS)
-def test_attention_gradients_equal_the_difference(difference, causal, samples, time, heads, width, seed):
+def test_attention_gradients_equal_the_difference(difference, causal, queries, samples, time, heads, width, seed):
     options = job_pb2.AttentionLayer(heads=heads, causal=causal)
-    check_gradients(difference, "attention", options, (time, heads * width), samples, seed)
+    with patch.multiple(attention, BLOCK_QUERIES=queries, SCORE_ELEMENTS=40):
+        check_gradients(difference, "attention", options, (time, heads * width), samples, seed)
 
 
 @settings(max_examples=20, deadline=None)
@@ -161,6 +163,21 @@ def test_a_causal_position_sees_nothing_behind_it():
     after = layer.forward(x)
     np.testing.assert_array_equal(after[:, :3], before[:, :3])
     assert (after[:, 3:] != before[:, 3:]).all()
+
+
+def test_attention_of_enormous_scores_is_that_of_their_differences():
+    """Scores in the thousands: e^S would overflow, and all of a row be 0 where the largest score is far below 0."""
+    random = np.random.default_rng(3)
+    layer = make("attention", job_pb2.AttentionLayer(heads=1, causal=True), (40, 2), 3, random)
+    x = 100 * random.standard_normal((3, 40, 2))
+    q, k, v = np.moveaxis((x @ layer.in_weight + layer.in_bias).reshape(3, 40, 3, 2), 2, 0)
+    scores = q @ k.swapaxes(1, 2) / np.sqrt(2)
+    scores[:, *np.triu_indices(40, 1)] = -np.inf
+    assert scores[:, 0].max(axis=1).min() < -1000
+    assert scores.max() > 1000
+    e = np.exp(scores - scores.max(axis=2, keepdims=True))
+    wanted = e / e.sum(axis=2, keepdims=True) @ v @ layer.out_weight + layer.out_bias
+    np.testing.assert_allclose(layer.forward(x), wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_dropout_keeps_its_share_and_does_nothing_in_evaluation():

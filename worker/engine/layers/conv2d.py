@@ -2,7 +2,7 @@
 
 Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
 worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
-cache; every buffer is made in `reserve`.
+cache; every buffer is made in `reserve`. Where winograd.py does the same with fewer products it is asked instead.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers import winograd
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
@@ -51,6 +52,7 @@ class Conv2d:
         down, across, channels = self.windows
         self.input_shape = input_shape
         self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
+        self.is_winograd = winograd.pays(self.windows, self.filters)
         area = down.window * across.window
         self.seen_values = area * channels
         shape = (down.window, across.window, channels, self.filters)
@@ -66,12 +68,15 @@ class Conv2d:
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
+        self.y = np.empty((batch_size, *self.output_shape), dtype)
+        self.dx = np.empty((batch_size, *self.input_shape), dtype)
+        if self.is_winograd:
+            self._reserve_winograd(batch_size, dtype)
+            return
         rows, columns, _ = self.output_shape
         row_bytes = columns * self.seen_values * np.dtype(dtype).itemsize
         self.slice_rows = min(max(SLICE_BYTES // row_bytes, 1), rows)
         self.slice_images = min(max(SLICE_BYTES // (row_bytes * rows), 1), max(batch_size, 1))
-        self.y = np.empty((batch_size, *self.output_shape), dtype)
-        self.dx = np.empty((batch_size, *self.input_shape), dtype)
         # What surrounds the image is written here, once, and stays 0.
         self.padded = np.zeros((self.slice_images, *self.windows.padded_shape), dtype)
         self.d_padded = np.empty_like(self.padded)
@@ -83,9 +88,21 @@ class Conv2d:
         self.d_bias_part = np.empty(self.filters, dtype)
         self.ones = np.ones(windows, dtype)
 
+    def _reserve_winograd(self, batch_size: int, dtype: npt.DTypeLike) -> None:
+        """What winograd.py needs; the input's gradient is a convolution of the output's as well."""
+        before = (self.windows.down.before, self.windows.across.before)
+        behind = (2 - before[0], 2 - before[1])
+        self.to_output = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype)
+        self.to_input = winograd.Winograd(self.output_shape, self.input_shape, behind, batch_size, dtype)
+        self.factors = np.empty((16, self.windows.channels, self.filters), dtype)
+
     def forward(self, x: FloatArray) -> FloatArray:
         """x (n, height, width, channels) -> (n, rows, columns, filters)."""
         self.x = x
+        if self.is_winograd:
+            y = self.y[: len(x)]
+            self.to_output.convolve(x, winograd.factors(self.weight, self.factors), self.bias, y)
+            return y
         weight = self.weight.reshape(self.seen_values, self.filters)
         for block in self._blocks(len(x)):
             y = self._matrix(self.y, block)
@@ -100,6 +117,9 @@ class Conv2d:
         dy_pqf/dW_ijcf is the value that stands at place i, j, c of window p, q: U^T dY. U is unfolded again, which
         costs less than keeping it: the whole batch's would not stay in the cache.
         """
+        if self.is_winograd:
+            self.to_output.gradient(self.x, dy, self.d_weight, self.d_bias)
+            return
         d_weight = self.d_weight.reshape(self.seen_values, self.filters)
         d_weight[...] = 0
         for d_bias in self.d_bias:
@@ -117,7 +137,13 @@ class Conv2d:
 
         For one place i, j of the kernel that is dY W_ij^T, added to every s-th pixel from i, j on: as many products as
         the kernel has places, each added while it is in cache, in runs as long as a row of the image.
+        With stride 1 it is the convolution of dY with the kernel turned round: p = u - i, so W_ij stands at -i, -j.
         """
+        if self.is_winograd:
+            dx = self.dx[: len(dy)]
+            turned = winograd.factors(self.weight, self.factors, turned=True)
+            self.to_input.convolve(dy, turned.transpose(0, 2, 1), (), dx)
+            return dx
         for block in self._blocks(len(dy)):
             images = block.images.stop - block.images.start
             d_padded = self.d_padded[:images]

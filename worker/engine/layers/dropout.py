@@ -17,7 +17,7 @@ from worker.engine.layers.layer import Moment
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
-STREAM = 2  # of the seed; 0 and 1 are those of data/sharding.py
+STREAM = 2  # of the seed; 0, 1 and 3 are those of data/sharding.py
 CHOICES = 1 << 16  # a value is dropped or not by 16 random bits, four values to a word
 WORDS_AT_ONCE = 1 << 14  # 128 KB of random words, which stay in cache
 

@@ -54,12 +54,12 @@ class Embedding:
         """Rows of the weight: x (n, ...) -> (n, ..., units). DataFault when something in x is not a token."""
         flat = x.reshape(-1)
         self.tokens = self.indices[: len(flat)]
-        # The bounds first: what does not fit an integer must not be made one. Written so that nan fails too.
-        if not (flat.min(initial=0) >= 0 and flat.max(initial=0) < self.vocabulary):
-            self._refuse(x, ~((x >= 0) & (x < self.vocabulary)))
+        # The bounds first: what does not fit an integer must not be made one.
+        if not self._within(x):
+            self._refuse(x)
         np.copyto(self.tokens, flat, casting="unsafe")
         if not np.array_equal(self.tokens, flat):
-            self._refuse(x, x != np.floor(x))
+            self._refuse(x)
         y = self.y[: len(x)]
         # The indices are known to be good, and "wrap" spares the copy that checking them would make.
         np.take(self.weight, self.tokens, axis=0, out=y.reshape(-1, self.units), mode="wrap")
@@ -82,9 +82,25 @@ class Embedding:
         """Never asked for: the layer is a model's first."""
         raise RuntimeError("whole numbers have no gradient")
 
-    def _refuse(self, x: FloatArray, wrong: npt.NDArray[np.bool_]) -> NoReturn:
-        value = float(x[wrong][0])
-        raise DataFault(
-            f"a sample has {value:g} where a token is expected, a whole number from 0 to {self.vocabulary - 1}; "
-            "enlarge the embedding's vocabulary or mend the data (tokens are not scaled)"
-        )
+    def wrong_tokens(self, x: FloatArray) -> npt.NDArray[np.bool_] | None:
+        """Where in x something is not a token; None where everything is."""
+        if self._within(x) and np.array_equal(np.floor(x), x):
+            return None
+        wrong: npt.NDArray[np.bool_] = ~((x >= 0) & (x < self.vocabulary) & (x == np.floor(x)))
+        return wrong
+
+    def _within(self, x: FloatArray) -> bool:
+        """Written so that nan fails too."""
+        return bool(x.min(initial=0) >= 0 and x.max(initial=0) < self.vocabulary)
+
+    def _refuse(self, x: FloatArray) -> NoReturn:
+        value = float(x[self.wrong_tokens(x)][0])
+        raise DataFault(f"a sample has {token_fault(value, self.vocabulary)}")
+
+
+def token_fault(value: float, vocabulary: int) -> str:
+    """What to say of a value that is no token."""
+    return (
+        f"{value:g} where a token is expected, a whole number from 0 to {vocabulary - 1}; "
+        "enlarge the embedding's vocabulary or mend the data (tokens are not scaled)"
+    )

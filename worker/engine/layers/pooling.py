@@ -88,20 +88,33 @@ class MaxPool2d(WindowPool):
         """dL/dx = sum of dL/dy over the windows that x is the largest value of.
 
         y = x_ij for the place i, j of the largest, so dy/dx is 1 there and 0 elsewhere. Of equal values the first takes
-        all, as in PyTorch: what it took is no longer there for those behind it.
+        all, as in PyTorch: what it took is no longer there for those behind it. Where windows tile the image each part
+        is written where it belongs and the last place takes what is left; elsewhere parts are added up.
         """
         for images in self.slices(len(dy)):
-            padded, y, rest = self.surround(self.x[images]), self.y[images], dy[images]
-            d_padded, part, largest = self.d_padded[: len(y)], self.part[: len(y)], self.largest[: len(y)]
+            padded, y, rest, dx = self.surround(self.x[images]), self.y[images], dy[images], self.dx[images]
+            if self.windows.tile:
+                *places, last = self.windows.positions
+                for place in places:
+                    np.copyto(self.windows.at(dx, *place), self._taken(self.windows.at(padded, *place), y, rest))
+                np.copyto(self.windows.at(dx, *last), rest)
+                continue
+            d_padded = self.d_padded[: len(y)]
             d_padded[...] = 0
             for place in self.windows.positions:
-                np.equal(self.windows.at(padded, *place), y, out=largest)
-                np.multiply(largest, rest, out=part)
-                np.subtract(rest, part, out=rest)
                 target = self.windows.at(d_padded, *place)
-                np.add(target, part, out=target)
-            self.dx[images] = self.windows.inside(d_padded)
+                np.add(target, self._taken(self.windows.at(padded, *place), y, rest), out=target)
+            dx[...] = self.windows.inside(d_padded)
         return self.dx[: len(dy)]
+
+    def _taken(self, seen: FloatArray, y: FloatArray, rest: FloatArray) -> FloatArray:
+        """What one place of each window takes of the gradient, and takes off `rest`."""
+        largest, part = self.largest[: len(y)], self.part[: len(y)]
+        np.equal(seen, y, out=largest)
+        np.copyto(part, largest)  # a product of booleans and floats takes twice as long
+        np.multiply(part, rest, out=part)
+        np.subtract(rest, part, out=rest)
+        return part
 
 
 class AveragePool2d(WindowPool):
@@ -135,9 +148,13 @@ class AveragePool2d(WindowPool):
         """
         for images in self.slices(len(dy)):
             part = self.part[: len(dy[images])]
+            np.multiply(dy[images], self.shares, out=part)
+            if self.windows.tile:
+                for place in self.windows.positions:
+                    np.copyto(self.windows.at(self.dx[images], *place), part)
+                continue
             d_padded = self.d_padded[: len(part)]
             d_padded[...] = 0
-            np.multiply(dy[images], self.shares, out=part)
             for place in self.windows.positions:
                 target = self.windows.at(d_padded, *place)
                 np.add(target, part, out=target)

@@ -59,6 +59,11 @@ class Windows(NamedTuple):
         return self.padded_shape[:2] != (self.down.size, self.across.size)
 
     @property
+    def tile(self) -> bool:
+        """Whether every pixel is seen by exactly one window."""
+        return all(axis.stride == axis.window and axis.outputs * axis.window == axis.size for axis in self[:2])
+
+    @property
     def positions(self) -> list[tuple[int, int]]:
         """Every place within a window, row by row."""
         return [(i, j) for i in range(self.down.window) for j in range(self.across.window)]
