@@ -5,6 +5,7 @@ follow each other in layer order under names such as `0.dense.weight`.
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy.typing as npt
@@ -141,7 +142,7 @@ class Chain:
     ) -> dict[int, Placed]:
         """Every layer under its index in the job file, made in the order in which they run."""
         # Imported here: the table holds the residual layer, which holds a chain.
-        from worker.engine.layers import LAYERS
+        from worker.engine.layers import LAYERS, tiles
 
         if not layers:
             raise self._fault_type(f"{self._place}: has no layers")
@@ -161,6 +162,8 @@ class Chain:
                 raise self._fault(index, kind, fault) from None
             placed[index] = Placed(f"{index}.{kind}", kind, layer)
             shape = layer.output_shape
+        for before, behind in pairwise(order):
+            tiles.join(placed[before].layer, placed[behind].layer)
         return placed
 
     def _fault(self, index: int, kind: str, fault: ModelFault) -> ModelFault:
