@@ -17,7 +17,8 @@ from worker.measurements import finite_or_none
 from worker.metrics import MetricSums, Values
 from worker.sync.world import World
 
-BATCH = 512  # samples a rank evaluates at a time
+MOST_SAMPLES = 512  # that a rank evaluates at a time
+MOST_BYTES = 64 * 1024 * 1024  # that their layers' outputs take, unless one sample alone takes more
 
 
 class Evaluation(NamedTuple):
@@ -31,6 +32,12 @@ class Evaluation(NamedTuple):
         """The fields of a line of metrics.jsonl; names as in the contract."""
         report = {"validation_loss": self.loss, "validation_accuracy": self.accuracy}
         return report | ({"validation_metrics": self.metrics} if self.metrics else {})
+
+
+def samples_at_once(model: Model, samples: int) -> int:
+    """How many of `samples` to evaluate together: enough to keep calls few, and no more memory than that is worth."""
+    affordable = MOST_BYTES // (model.values_per_sample * model.dtype.itemsize)
+    return max(1, min(samples, MOST_SAMPLES, affordable))
 
 
 class Evaluator:
@@ -49,7 +56,7 @@ class Evaluator:
         self._metrics = metrics
         self._dataset = dataset
         self._low, self._high = share(0, len(dataset), world.rank, world.size)
-        self.capacity = min(BATCH, max(self._high - self._low, 1))
+        self.capacity = samples_at_once(model, self._high - self._low)
         self._reader = BatchReader(dataset, preprocessing, self.capacity)
 
     def evaluate(self) -> Evaluation:

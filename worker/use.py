@@ -19,7 +19,7 @@ from worker.data.split import hold_out
 from worker.data.text import read_windows
 from worker.engine.losses import TARGET_KIND
 from worker.errors import DataFault, UsageFault
-from worker.evaluation import BATCH, conclude, sum_over
+from worker.evaluation import conclude, samples_at_once, sum_over
 from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
 from worker.predictions import choose_writer
@@ -51,7 +51,7 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
     _check_shape(trained, dataset.sample_shape, dataset.place)
     trained.model.check_targets(dataset.targets_to_check, dataset.place)
 
-    reader = BatchReader(dataset, trained.preprocessing, min(BATCH, len(dataset)))
+    reader = BatchReader(dataset, trained.preprocessing, samples_at_once(trained.model, len(dataset)))
     trained.model.reserve(reader.capacity)
     counted = MetricSums(job.metrics, trained.model, dataset.targets)
     sums = sum_over(trained.model, reader, 0, len(dataset), counted)
@@ -106,10 +106,11 @@ def _open_input(trained: TrainedModel, path: Path) -> np.ndarray:
 
 def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
     """The model's outputs (n, *output_shape), a batch at a time."""
-    trained.model.reserve(BATCH)
-    converted = np.empty((BATCH, *shape), np.float32)
-    for first in range(0, len(features), BATCH):
-        raw = features[first : first + BATCH].reshape(-1, *shape)
+    at_once = samples_at_once(trained.model, len(features))
+    trained.model.reserve(at_once)
+    converted = np.empty((at_once, *shape), np.float32)
+    for first in range(0, len(features), at_once):
+        raw = features[first : first + at_once].reshape(-1, *shape)
         trained.preprocessing.apply(raw, converted[: len(raw)])
         yield trained.model.outputs(converted[: len(raw)])
 

@@ -4,7 +4,9 @@ Rules: everything that can be wrong with the layers is found when the chain is m
 follow each other in layer order under names such as `0.dense.weight`.
 """
 
+import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy.typing as npt
@@ -46,6 +48,8 @@ class Chain:
         built = self._build(layers, order, input_shape, nested)
         self.layers = [built[index] for index in range(len(layers))]  # as the job file has them
         self.output_shape: Shape = built[order[-1]].layer.output_shape
+        # What the layers put out for one sample: about what their buffers hold, as a number to choose a batch by.
+        self.values_per_sample = sum(_values_per_sample(placed.layer) for placed in self.layers)
         self.parameters: tuple[Parameter, ...] = tuple(
             _within(placed, _follower(layers[index + 1 :]), parameter)
             for index, placed in enumerate(self.layers)
@@ -141,7 +145,7 @@ class Chain:
     ) -> dict[int, Placed]:
         """Every layer under its index in the job file, made in the order in which they run."""
         # Imported here: the table holds the residual layer, which holds a chain.
-        from worker.engine.layers import LAYERS
+        from worker.engine.layers import LAYERS, tiles
 
         if not layers:
             raise self._fault_type(f"{self._place}: has no layers")
@@ -161,12 +165,19 @@ class Chain:
                 raise self._fault(index, kind, fault) from None
             placed[index] = Placed(f"{index}.{kind}", kind, layer)
             shape = layer.output_shape
+        for before, behind in pairwise(order):
+            tiles.join(placed[before].layer, placed[behind].layer)
         return placed
 
     def _fault(self, index: int, kind: str, fault: ModelFault) -> ModelFault:
         """A layer's fault with its place before it."""
         joint = "." if isinstance(fault, NestedFault) else ": "
         return self._fault_type(f"{self._place}[{index}].{kind}{joint}{fault}")
+
+
+def _values_per_sample(layer: Layer) -> int:
+    inside = getattr(layer, "inside", None)
+    return math.prod(layer.output_shape) + (inside.values_per_sample if isinstance(inside, Chain) else 0)
 
 
 def _stateful(placed: Placed) -> StatefulLayer | None:

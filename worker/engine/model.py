@@ -106,6 +106,11 @@ class Model:
         self._chain.attach_state(list(self.named_state().values()), sums, reduce)
 
     @property
+    def values_per_sample(self) -> int:
+        """How many values the layers put out for one sample: about what their buffers hold for it."""
+        return self._chain.values_per_sample
+
+    @property
     def layers(self) -> tuple[Placed, ...]:
         """The layers, first to last."""
         return tuple(self._chain.layers)

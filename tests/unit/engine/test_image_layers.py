@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from worker.engine import chain
 from worker.engine.layers import LAYERS, conv2d, pooling, winograd
+from worker.engine.layers import tiles as tiles_module
 from worker.engine.layers.window import pair
 from worker.engine.model import Model
 from worker.errors import ModelFault
@@ -153,6 +154,48 @@ def test_relu_run_behind_the_pooling_changes_nothing(engine: Any, pool: str) -> 
         assert [placed.place for placed in case.model.layers[:3]] == ["0.conv2d", "1.relu", "2.max_pool2d"]
     assert results[0][0] == results[1][0]
     np.testing.assert_array_equal(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("pool", ["max_pool2d", "average_pool2d"])
+@settings(max_examples=40, deadline=None)
+@given(
+    tile=st.sampled_from([(2, 2), (2, 2), (3, 1), (1, 2), (3, 3)]),
+    tiles=st.tuples(st.integers(1, 5), st.integers(1, 5)),
+    channels=st.sampled_from([1, 3, 32]),
+    kernel=st.sampled_from([1, 3]),
+    samples=st.integers(1, 5),
+    slice_bytes=st.sampled_from([1 << 14, 1 << 20]),
+)
+def test_maps_laid_out_for_the_pooling_behind_give_the_same_gradient(
+    engine: Any, pool: str, tile: Any, tiles: Any, channels: int, kernel: int, samples: int, slice_bytes: int
+) -> None:
+    """In front of it stands another convolution, so that the input's gradient counts too; Winograd's is among them."""
+    shape = (tile[0] * tiles[0], tile[1] * tiles[1], 2)
+    convolutions = [f"conv2d: {{filters: {n}, kernel: {kernel}, padding: same}}" for n in (channels, 32)]
+    words = [*convolutions, f"{pool}: {{size: [{tile[0]}, {tile[1]}]}}", "dense:3"]
+    results = []
+    for joined in (True, False):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(conv2d, "SLICE_BYTES", slice_bytes)
+            if not joined:
+                patch.setattr(tiles_module, "join", lambda before, behind: None)
+            case = engine.build(words, LOSS, shape)
+            features, labels = engine.draw_batch(case.model, samples, 5)
+            for count in (samples, 0, samples):
+                loss = case.model.forward(features[:count], labels[:count]).loss
+                case.model.backward()
+        results.append((loss, case.gradient))
+    (loss, gradient), (expected_loss, expected) = results
+    assert loss == pytest.approx(expected_loss, rel=1e-12)
+    np.testing.assert_allclose(gradient, expected, rtol=1e-9, atol=1e-10)
+
+
+def test_a_large_image_is_not_laid_out_for_its_pooling(engine: Any) -> None:
+    """Its slices are rows, and tiles would make them the whole image."""
+    for side, laid_out in ((16, True), (400, False)):
+        words = ["conv2d: {filters: 1, kernel: 5, padding: same}", "max_pool2d: {size: 2}", "dense:2"]
+        convolution, pooled = (placed.layer for placed in engine.build(words, LOSS, (side, side, 1)).model.layers[:2])
+        assert (convolution.tile is not None) == pooled.takes_tiles == laid_out
 
 
 def test_a_network_of_images_learns_by_the_difference_and_leaves_its_features_alone(

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine.layers import winograd
+from worker.engine.layers.tiles import Tile, copy_from_tiles
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
@@ -53,12 +54,21 @@ class Conv2d:
         self.input_shape = input_shape
         self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
         self.is_winograd = winograd.pays(self.windows, self.filters)
+        self.tile: Tile | None = None
         area = down.window * across.window
         self.seen_values = area * channels
         shape = (down.window, across.window, channels, self.filters)
         weight = Parameter("weight", shape, fan_in=self.seen_values, fan_out=area * self.filters)
         bias = Parameter("bias", (self.filters,), fan_in=0, fan_out=0)
         self.parameters: tuple[Parameter, ...] = (weight, bias) if options.bias else (weight,)
+
+    def give_tiles(self, tile: Tile) -> bool:
+        """Put the maps out as tiles where it pays: Winograd's own are 2 x 2, and slices must be whole images."""
+        rows, columns, _ = self.output_shape
+        image_bytes = 4 * rows * columns * self.seen_values
+        if tile == (2, 2) if self.is_winograd else image_bytes <= SLICE_BYTES:
+            self.tile = tile
+        return self.tile is not None
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
         """Take views: weight (kernel height, kernel width, channels, filters), bias (filters,) if there is one."""
@@ -68,14 +78,15 @@ class Conv2d:
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
-        self.y = np.empty((batch_size, *self.output_shape), dtype)
+        maps = self.tile.shape(self.output_shape) if self.tile else self.output_shape
+        self.y = np.empty((batch_size, *maps), dtype)
         self.dx = np.empty((batch_size, *self.input_shape), dtype)
         if self.is_winograd:
             self._reserve_winograd(batch_size, dtype)
             return
         rows, columns, _ = self.output_shape
         row_bytes = columns * self.seen_values * np.dtype(dtype).itemsize
-        self.slice_rows = min(max(SLICE_BYTES // row_bytes, 1), rows)
+        self.slice_rows = rows if self.tile else min(max(SLICE_BYTES // row_bytes, 1), rows)
         self.slice_images = min(max(SLICE_BYTES // (row_bytes * rows), 1), max(batch_size, 1))
         # What surrounds the image is written here, once, and stays 0.
         self.padded = np.zeros((self.slice_images, *self.windows.padded_shape), dtype)
@@ -84,6 +95,7 @@ class Conv2d:
         windows = self.slice_images * self.slice_rows * columns
         self.unfolded = np.empty(windows * self.seen_values, dtype)
         self.d_seen = np.empty(windows * self.windows.channels, dtype)
+        self.d_plain = np.empty((self.slice_images if self.tile else 0, *self.output_shape), dtype)
         self.d_weight_part = np.empty((self.seen_values, self.filters), dtype)
         self.d_bias_part = np.empty(self.filters, dtype)
         self.ones = np.ones(windows, dtype)
@@ -92,12 +104,14 @@ class Conv2d:
         """What winograd.py needs; the input's gradient is a convolution of the output's as well."""
         before = (self.windows.down.before, self.windows.across.before)
         behind = (2 - before[0], 2 - before[1])
+        tiled = self.tile is not None
         self.to_output = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype)
         self.to_input = winograd.Winograd(self.output_shape, self.input_shape, behind, batch_size, dtype)
+        self.to_output.gives_tiles = self.to_input.takes_tiles = tiled
         self.factors = np.empty((16, self.windows.channels, self.filters), dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
-        """x (n, height, width, channels) -> (n, rows, columns, filters)."""
+        """x (n, height, width, channels) -> (n, rows, columns, filters), or these as tiles."""
         self.x = x
         if self.is_winograd:
             y = self.y[: len(x)]
@@ -149,7 +163,7 @@ class Conv2d:
             d_padded = self.d_padded[:images]
             if block.rows.start == 0:
                 d_padded[...] = 0
-            d_block = self._matrix(dy, block)
+            d_block = self._plain(dy, block)
             shape = (images, block.rows.stop - block.rows.start, self.output_shape[1], self.windows.channels)
             d_seen = self.d_seen[: len(d_block) * self.windows.channels].reshape(len(d_block), self.windows.channels)
             for i, j in self.windows.positions:
@@ -169,8 +183,16 @@ class Conv2d:
                 yield Block(images, slice(top, min(top + self.slice_rows, rows)))
 
     def _matrix(self, maps: FloatArray, block: Block) -> FloatArray:
-        """A block of (n, rows, columns, filters) as a matrix (windows, filters), a view."""
-        return maps[block.images, block.rows].reshape(-1, self.filters)
+        """A block of the maps as a matrix (windows, filters), a view; windows in the order in which maps lie."""
+        return (maps[block.images] if self.tile else maps[block.images, block.rows]).reshape(-1, self.filters)
+
+    def _plain(self, maps: FloatArray, block: Block) -> FloatArray:
+        """A block of the maps as a matrix (windows, filters), windows row by row."""
+        if self.tile is None:
+            return self._matrix(maps, block)
+        plain = self.d_plain[: block.images.stop - block.images.start]
+        copy_from_tiles(maps[block.images], plain, self.tile)
+        return plain.reshape(-1, self.filters)
 
     def _unfold(self, block: Block) -> FloatArray:
         """U of a block: what each window sees, (windows, kernel height * kernel width * channels)."""
@@ -178,9 +200,12 @@ class Conv2d:
         if block.rows.start == 0:
             self.windows.inside(self.padded[:images])[...] = self.x[block.images]
         seen = self.seen[:images, block.rows]
+        if self.tile:
+            seen = self.tile.split(seen)
         values = self.unfolded[: seen.size]
-        if seen.shape[4] * seen.shape[5] < SHORT_RUN:
-            np.copyto(values.reshape(*seen.shape[3:], *seen.shape[:3]), seen.transpose(3, 4, 5, 0, 1, 2))
+        if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:
+            order = (*range(seen.ndim - 3, seen.ndim), *range(seen.ndim - 3))
+            np.copyto(values.reshape([seen.shape[axis] for axis in order]), seen.transpose(order))
             return values.reshape(self.seen_values, -1).T
         np.copyto(values.reshape(seen.shape), seen)
         return values.reshape(-1, self.seen_values)

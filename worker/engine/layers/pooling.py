@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from worker.engine.layers.tiles import Tile
 from worker.engine.layers.window import require_image, slide
 from worker.engine.params import FloatArray, Parameter, Shape
 
@@ -40,7 +41,18 @@ class WindowPool(Untrained):
         """ModelFault where samples are no images, or the window does not fit them."""
         stride = options.stride or options.size
         self.windows = slide(input_shape, "size", options.size, stride, options.padding)
+        self.input_shape = input_shape
         self.output_shape: Shape = (self.windows.down.outputs, self.windows.across.outputs, input_shape[2])
+        self.takes_tiles = False
+
+    def take_tiles(self, tile: Tile) -> None:
+        """Images are given as tiles from now on, each of the pixels one window sees."""
+        self.takes_tiles = True
+        self.input_shape = tile.shape(self.input_shape)
+
+    def at(self, padded: FloatArray, place: tuple[int, int]) -> FloatArray:
+        """The pixels at one place of every window: a view (n, rows, columns, channels)."""
+        return padded[:, *place] if self.takes_tiles else self.windows.at(padded, *place)
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
@@ -48,7 +60,7 @@ class WindowPool(Untrained):
         image_bytes = padded[0] * padded[1] * padded[2] * np.dtype(dtype).itemsize
         self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
         self.y = np.empty((batch_size, *self.output_shape), dtype)
-        self.dx = np.empty((batch_size, self.windows.down.size, self.windows.across.size, self.windows.channels), dtype)
+        self.dx = np.empty((batch_size, *self.input_shape), dtype)
         self.padded = np.full((self.slice_images, *padded), self.outside, dtype)
         self.d_padded = np.empty_like(self.padded)
         self.part = np.empty((self.slice_images, *self.output_shape), dtype)
@@ -79,9 +91,9 @@ class MaxPool2d(WindowPool):
         self.x = x
         for images in self.slices(len(x)):
             padded, y = self.surround(x[images]), self.y[images]
-            np.copyto(y, self.windows.at(padded, 0, 0))
+            np.copyto(y, self.at(padded, (0, 0)))
             for place in self.windows.positions[1:]:
-                np.maximum(y, self.windows.at(padded, *place), out=y)
+                np.maximum(y, self.at(padded, place), out=y)
         return self.y[: len(x)]
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
@@ -96,14 +108,14 @@ class MaxPool2d(WindowPool):
             if self.windows.tile:
                 *places, last = self.windows.positions
                 for place in places:
-                    np.copyto(self.windows.at(dx, *place), self._taken(self.windows.at(padded, *place), y, rest))
-                np.copyto(self.windows.at(dx, *last), rest)
+                    np.copyto(self.at(dx, place), self._taken(self.at(padded, place), y, rest))
+                np.copyto(self.at(dx, last), rest)
                 continue
             d_padded = self.d_padded[: len(y)]
             d_padded[...] = 0
             for place in self.windows.positions:
-                target = self.windows.at(d_padded, *place)
-                np.add(target, self._taken(self.windows.at(padded, *place), y, rest), out=target)
+                target = self.at(d_padded, place)
+                np.add(target, self._taken(self.at(padded, place), y, rest), out=target)
             dx[...] = self.windows.inside(d_padded)
         return self.dx[: len(dy)]
 
@@ -128,16 +140,16 @@ class AveragePool2d(WindowPool):
         super().reserve(batch_size, dtype, in_place)
         ones = np.zeros((1, *self.windows.padded_shape))
         self.windows.inside(ones)[...] = 1
-        counts = np.add.reduce([self.windows.at(ones, *place)[0] for place in self.windows.positions])
+        counts = np.add.reduce([self.at(ones, place)[0] for place in self.windows.positions])
         self.shares = np.asarray(1 / counts, dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
         """x (n, height, width, channels) -> (n, rows, columns, channels)."""
         for images in self.slices(len(x)):
             padded, y = self.surround(x[images]), self.y[images]
-            np.copyto(y, self.windows.at(padded, 0, 0))
+            np.copyto(y, self.at(padded, (0, 0)))
             for place in self.windows.positions[1:]:
-                np.add(y, self.windows.at(padded, *place), out=y)
+                np.add(y, self.at(padded, place), out=y)
             np.multiply(y, self.shares, out=y)
         return self.y[: len(x)]
 
@@ -151,12 +163,12 @@ class AveragePool2d(WindowPool):
             np.multiply(dy[images], self.shares, out=part)
             if self.windows.tile:
                 for place in self.windows.positions:
-                    np.copyto(self.windows.at(self.dx[images], *place), part)
+                    np.copyto(self.at(self.dx[images], place), part)
                 continue
             d_padded = self.d_padded[: len(part)]
             d_padded[...] = 0
             for place in self.windows.positions:
-                target = self.windows.at(d_padded, *place)
+                target = self.at(d_padded, place)
                 np.add(target, part, out=target)
             self.dx[images] = self.windows.inside(d_padded)
         return self.dx[: len(dy)]

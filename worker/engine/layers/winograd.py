@@ -13,12 +13,14 @@ Rules: factors are 1, 1/2 and 1/4, so that float32 errs by no more than twice wh
 stay in cache; buffers are made once.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
+from worker.engine.layers.tiles import Tile, copy_from_tiles, quarters
 from worker.engine.layers.window import Windows
 from worker.engine.params import FloatArray, Shape
 
@@ -52,7 +54,15 @@ def factors(weight: FloatArray, out: FloatArray, turned: bool = False) -> FloatA
 
 
 class Winograd:
-    """y_pqf = b_f + sum over i, j, c of x_(p + i - before)(q + j - before)c g_ijcf, in buffers of its own."""
+    """y_pqf = b_f + sum over i, j, c of x_(p + i - before)(q + j - before)c g_ijcf, in buffers of its own.
+
+    Attributes:
+        takes_tiles: x lies as tiles of 2 x 2 (tiles.py).
+        gives_tiles: y and dy do.
+    """
+
+    takes_tiles = False
+    gives_tiles = False
 
     def __init__(
         self, input_shape: Shape, output_shape: Shape, before: tuple[int, int], batch_size: int, dtype: npt.DTypeLike
@@ -83,14 +93,14 @@ class Winograd:
         for images, top, stop in self._blocks(len(x)):
             count = images.stop - images.start
             if top == 0:
-                self.inside[:count] = x[images]
+                self._surround(x[images])
             shape = (count, stop - top, self.across)
             seen = self._see(self.padded[:count, 2 * top : 2 * stop + 2], shape)
             products = self.products[: 16 * seen.shape[1] * self.filters].reshape(16, -1, self.filters)
             np.matmul(seen, kernels, out=products)
             for values in bias:  # the product (1, 1) is in all four outputs, once
                 np.add(products[5], values, out=products[5])
-            self._fold(products.reshape(4, 4, *shape, self.filters), out[images, 2 * top : min(2 * stop, self.rows)])
+            self._fold(products.reshape(4, 4, *shape, self.filters), self._quarters(out[images], top, stop))
 
     def gradient(self, x: FloatArray, dy: FloatArray, d_weight: FloatArray, d_bias: Sequence[FloatArray]) -> None:
         """dL/dg_ijcf into d_weight (3, 3, channels, filters) and dL/db_f into d_bias, of `convolve`.
@@ -106,9 +116,9 @@ class Winograd:
         for images, top, stop in self._blocks(len(x)):
             shape = (images.stop - images.start, stop - top, self.across)
             if top == 0:
-                self.inside[: shape[0]] = x[images]
+                self._surround(x[images])
             seen = self._see(self.padded[: shape[0], 2 * top : 2 * stop + 2], shape)
-            d_products = self._unfold(dy[images, 2 * top : min(2 * stop, self.rows)], shape)
+            d_products = self._unfold(self._quarters(dy[images], top, stop), shape)
             np.matmul(seen.transpose(0, 2, 1), d_products, out=part)
             np.add(total, part, out=total)
             for values in d_bias:
@@ -133,36 +143,50 @@ class Winograd:
         _differences([halfway[:, :, :, k : k + 2 * columns : 2] for k in range(4)], seen.swapaxes(0, 1))
         return seen.reshape(16, -1, self.channels)
 
-    def _fold(self, products: FloatArray, out: FloatArray) -> None:
+    def _surround(self, x: FloatArray) -> None:
+        """Write the images into `padded`."""
+        if self.takes_tiles:
+            copy_from_tiles(x, self.inside[: len(x)], Tile(2, 2))
+        else:
+            self.inside[: len(x)] = x
+
+    def _quarters(self, maps: FloatArray, top: int, stop: int) -> list[list[FloatArray]]:
+        """The four outputs of the tiles in rows `top` to `stop`; at an odd edge some tiles have fewer."""
+        return [[quarter[:, top:stop] for quarter in pair] for pair in quarters(maps, self.gives_tiles)]
+
+    def _fold(self, products: FloatArray, out: list[list[FloatArray]]) -> None:
         """The outputs from the products (4, 4, n, rows, columns, filters): first over rows, then over columns."""
         folded = self.folded[: products.size // 2].reshape(2, *products.shape[1:])
         np.add(products[0], products[1], out=folded[0])
         np.add(folded[0], products[2], out=folded[0])
         np.subtract(products[1], products[2], out=folded[1])
         np.subtract(folded[1], products[3], out=folded[1])
-        for i, (m_0, m_1, m_2, m_3) in enumerate(folded):
+        for (m_0, m_1, m_2, m_3), (even, odd) in zip(folded, out, strict=True):
             np.add(m_0, m_1, out=m_0)
             np.subtract(m_1, m_2, out=m_1)
-            for j, (first, second, operation) in enumerate(((m_0, m_2, np.add), (m_1, m_3, np.subtract))):
-                target = out[:, i::2, j::2]  # an odd row or column more than there are outputs is left out
-                rows, columns = target.shape[1:3]
+            for first, second, operation, target in ((m_0, m_2, np.add, even), (m_1, m_3, np.subtract, odd)):
+                rows, columns = target.shape[1:3]  # an odd row or column more than there are outputs is left out
                 operation(first[:, :rows, :columns], second[:, :rows, :columns], out=target)
 
-    def _unfold(self, dy: FloatArray, shape: Shape) -> FloatArray:
+    def _unfold(self, dy: list[list[FloatArray]], shape: Shape) -> FloatArray:
         """dL/dm (16, tiles, filters): first over rows, then over columns; beyond the outputs dy is 0."""
-        count, rows, columns = shape
-        size = count * rows * columns * self.filters
+        size = math.prod(shape) * self.filters
         products = self.products[: 16 * size].reshape(4, 4, *shape, self.filters)
-        if dy.shape[1:3] != (2 * rows, 2 * columns):
-            whole = self.d_whole[: 4 * size].reshape(count, 2 * rows, 2 * columns, self.filters)
-            whole[:, dy.shape[1] :] = 0
-            whole[:, :, dy.shape[2] :] = 0
-            whole[:, : dy.shape[1], : dy.shape[2]] = dy
-            dy = whole
-        folded = self.folded[: 8 * size].reshape(4, count, rows, 2 * columns, self.filters)
-        _spread(dy[:, ::2], dy[:, 1::2], folded)
-        _spread(folded[:, :, :, ::2], folded[:, :, :, 1::2], products.swapaxes(0, 1))
+        if dy[1][1].shape[1:3] != shape[1:]:
+            dy = self._whole(dy, self.d_whole[: 4 * size].reshape(2, 2, *shape, self.filters))
+        folded = self.folded[: 8 * size].reshape(4, 2, *shape, self.filters)
+        for j in (0, 1):
+            _spread(dy[0][j], dy[1][j], folded[:, j])
+        _spread(folded[:, 0], folded[:, 1], products.swapaxes(0, 1))
         return products.reshape(16, -1, self.filters)
+
+    def _whole(self, dy: list[list[FloatArray]], whole: FloatArray) -> list[list[FloatArray]]:
+        """The quarters of an image of odd size as if it went on with zeros."""
+        whole[...] = 0
+        for pair, target_pair in zip(dy, whole, strict=True):
+            for quarter, target in zip(pair, target_pair, strict=True):
+                target[:, : quarter.shape[1], : quarter.shape[2]] = quarter
+        return [list(pair) for pair in whole]
 
 
 def _spread(first: FloatArray, second: FloatArray, out: FloatArray) -> None:
