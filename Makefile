@@ -10,7 +10,7 @@ PIP_INSTALL := install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oracle check bench clean
+.PHONY: help demo test test-oracle check bench bench-quality clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,9 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 
 bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, scikit-learn; BENCH_OPTIONS=--quick for one round
 	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
+
+bench-quality: $(VENV)/installed $(PEERS)/installed  ## what training reaches beside PyTorch DDP, and when; BENCH_OPTIONS as above
+	@$(BIN)/python -m tests.benchmarks.quality --peers $(PEERS) $(BENCH_OPTIONS)
 
 clean:  ## remove the environments and what the build generated
 	rm -rf $(VENV) $(PEERS) build dist protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py

@@ -6,7 +6,9 @@ This process is rank 0 and starts rank 1, which is itself with another RANK.
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from datetime import timedelta
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -18,15 +20,41 @@ WORLD_SIZE = 2
 TIMEOUT = timedelta(seconds=60)  # for the two to meet, and for one exchange
 
 
+def meet(scratch: Path, rank: int) -> None:
+    """Find the other rank by a file in `scratch`."""
+    meeting_place = (scratch / "rendezvous").absolute().as_uri()
+    torch.distributed.init_process_group("gloo", meeting_place, TIMEOUT, rank=rank, world_size=WORLD_SIZE)
+
+
+def distribute(model: torch.nn.Module) -> torch.nn.Module:
+    """The model, with rank 0's weights on each rank and gradients averaged.
+
+    Gradients that live in the buckets are not copied; a graph that never changes need not be searched each step.
+    """
+    return torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+
+
+def leave() -> NoReturn:
+    """An orderly end aborts about one time in ten ("terminate called without an active exception"): gloo's threads."""
+    torch.distributed.barrier()
+    os._exit(0)
+
+
+def launch(main: Callable[[int], NoReturn]) -> NoReturn:
+    """Start rank 1 and be rank 0, or be the rank that was started."""
+    if "RANK" in os.environ:
+        main(int(os.environ["RANK"]))
+    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": "1"})
+    main(0)
+
+
 def main(rank: int) -> NoReturn:
     arguments = read_arguments()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    meeting_place = (arguments.scratch / "rendezvous").absolute().as_uri()
-    torch.distributed.init_process_group("gloo", meeting_place, TIMEOUT, rank=rank, world_size=WORLD_SIZE)
+    meet(arguments.scratch, rank)
     features, targets, model = load_tensors(arguments)
-    # Gradients that live in the buckets are not copied; a graph that never changes need not be searched each step.
-    model = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True, static_graph=True)
+    model = distribute(model)
     optimizer = make_optimizer(model, arguments.learning_rate)
     batch_loss = loss_of(model)
     stopwatch = Stopwatch()
@@ -48,13 +76,8 @@ def main(rank: int) -> NoReturn:
             train_loss=float(loss.detach()),
             version=describe_version(),
         )
-    torch.distributed.barrier()
-    # An orderly end aborts about one time in ten ("terminate called without an active exception"): gloo's threads.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":
-    if "RANK" in os.environ:
-        main(int(os.environ["RANK"]))
-    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": "1"})
-    main(0)
+    launch(main)

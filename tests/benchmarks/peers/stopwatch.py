@@ -50,14 +50,18 @@ def load_arrays(arguments: Arguments) -> tuple[np.ndarray, np.ndarray]:
     Images as float32 (n, height, width) between 0 and 1 with labels int64 (n,); of a text both are int64 (n, context).
     """
     if arguments.text is not None:
-        tokens = np.fromfile(arguments.text, np.uint8).astype(np.int64)
-        samples = (len(tokens) - 1) // arguments.context
-        shape = (samples, arguments.context)
-        size = samples * arguments.context
-        return tokens[:size].reshape(shape), tokens[1 : size + 1].reshape(shape)
+        return cut_text(arguments.text, arguments.context)
     features = np.load(arguments.features, mmap_mode="r").astype(np.float32)
     features *= np.float32(1 / 255)
     return features, np.load(arguments.labels)
+
+
+def cut_text(path: Path, context: int) -> tuple[np.ndarray, np.ndarray]:
+    """Features and targets int64 (n, context) of a text: its bytes side by side, and the byte behind each."""
+    tokens = np.fromfile(path, np.uint8).astype(np.int64)
+    samples = (len(tokens) - 1) // context
+    size = samples * context
+    return tokens[:size].reshape(samples, context), tokens[1 : size + 1].reshape(samples, context)
 
 
 def kind_and_options(layer: Any) -> tuple[str, dict[str, Any]]:
