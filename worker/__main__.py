@@ -51,7 +51,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     verb = verbs.add_parser("predict", help="what a finished run says to new samples")
     verb.add_argument("folder", type=Path, metavar="DIR")
-    verb.add_argument("input", type=Path, metavar="INPUT",
+    verb.add_argument("input", metavar="INPUT",
                       help="features: .npy, .npz (array x), .csv, .parquet or idx; or text")  # fmt: skip
     verb.add_argument("-o", "--output", type=Path, metavar="FILE", help="write here, not to standard output")
     verb.add_argument("--format", choices=("csv", "npz", "jsonl", "json"),
@@ -82,10 +82,31 @@ def main() -> None:
         code = fail("interrupted", ExitCode.FAILED)
     except BrokenPipeError:
         # The reader left, as `head` does; Python flushes once more at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        leave_output()
         code = ExitCode.FAILED
-    sys.stdout.flush()
+    except MemoryError as error:
+        code = fail(out_of_memory(error), ExitCode.FAILED)
+    except OSError as error:
+        leave_output()
+        code = fail(
+            f"{error.filename or 'output'}: {error.strerror or error}; free it, or name another file", ExitCode.FAILED
+        )
+    if sys.stdout is not None:
+        sys.stdout.flush()
     sys.exit(code)
+
+
+def leave_output() -> None:
+    """Let what is still buffered go nowhere: nobody reads it, or it cannot be written."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+
+
+def out_of_memory(error: MemoryError) -> str:
+    """What a person can do about it."""
+    return (
+        f"out of memory: {error or 'an array could not be made'}; make the model or training.batch_size smaller, "
+        "set training.micro_batch, or take a machine with more"
+    )
 
 
 def run_verb(arguments: argparse.Namespace) -> int:
@@ -151,6 +172,9 @@ def train(arguments: argparse.Namespace) -> int:
         return fault.exit_code
     except (Fault, KeyboardInterrupt) as fault:
         fail(place + (str(fault) or "interrupted"), ExitCode.FAILED)
+        world.abort(ExitCode.FAILED)
+    except MemoryError as error:
+        fail(place + out_of_memory(error), ExitCode.FAILED)
         world.abort(ExitCode.FAILED)
     except BaseException as error:
         # Whatever else happens to one rank must end all of them, or the others wait for ever.

@@ -56,7 +56,7 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
         tensors, _ = read_safetensors(path)
     except CheckpointFault as fault:
         raise CheckpointFault(f"initialize_from: {fault}; name an intact safetensors file") from fault
-    except TypeError as error:  # bfloat16 and its like, which NumPy does not know
+    except (TypeError, AttributeError) as error:  # bfloat16, float8 and their like, which NumPy does not know
         raise CheckpointFault(f"initialize_from: {path}: {error}; save its tensors as float32") from error
     fitted, unfitted = [], []
     slots = (*model.slots, *model.state_slots)
@@ -78,8 +78,8 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
     if not fitted:
         named = ", ".join(sorted(tensors)[:5]) or "nothing"
         raise CheckpointFault(
-            f"initialize_from: {path}: nothing fits the model: the file holds {named}, "
-            f"the model {', '.join(slot.name for slot in model.slots[:5])}; names and shapes must be the same"
+            f"initialize_from: {path}: nothing fits the model: {'; '.join(unfitted[:3])}; the file holds {named}: "
+            "names and shapes must be the same, and values floating-point numbers"
         )
     known = {slot.name for slot in slots}
     unfitted += [f"{name}: is in the file and not in the model" for name in sorted(tensors.keys() - known)]

@@ -7,20 +7,20 @@ loaded only here.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from worker import model_file, output_folder
+from worker import model_file
 from worker.checkpoint import replacing
 from worker.data.preprocessing import Preprocessing
-from worker.errors import ModelFault, OutputFault, UsageFault
+from worker.errors import ModelFault, UsageFault
 from worker.model_file import TrainedModel, read_model
 from worker.onnx_graph import Graph
 from worker.onnx_layers import IR_VERSION, OPSET, add_layers, faults
+from worker.output_folder import check_outside_run
 
 PREDICTIONS: Final = {"softmax_cross_entropy": "Softmax", "binary_cross_entropy": "Sigmoid"}
 MAX_BYTES: Final = 2_000_000_000  # of constants: protobuf holds 2 GiB in a message, and nodes need some of it
@@ -37,7 +37,7 @@ def export_folder(folder: Path, path: Path) -> None:
         import onnx
     except ImportError as error:
         raise UsageFault("export needs the onnx package: pip install 'paceline[onnx]'") from error
-    _check_place(folder, path)
+    check_outside_run(folder, path, REMEDY)
     content = to_onnx(onnx, read_model(folder)).SerializeToString()
     with replacing(path, REMEDY) as temporary:
         temporary.write_bytes(content)
@@ -89,15 +89,3 @@ def _preprocess(graph: Graph, preprocessing: Preprocessing, sample_shape: Sequen
         graph.add("Mul", (1 / np.array(preprocessing.deviation)).astype(np.float32).reshape(sample_shape))
     elif preprocessing.scale != 1:
         graph.add("Mul", np.array(preprocessing.scale, np.float32))
-
-
-def _check_place(folder: Path, path: Path) -> None:
-    """OutputFault where `path` cannot be a new file, or is one that the run in `folder` left."""
-    if os.path.isdir(path):
-        raise OutputFault(f"{path}: is a folder; {REMEDY}")
-    if not os.path.isdir(path.parent):
-        raise OutputFault(f"{path.parent}: is not a folder; make it, or {REMEDY}")
-    kept = (model_file.FILE_NAME, output_folder.JOB, output_folder.METRICS, output_folder.SUMMARY)
-    within, run = path.parent.resolve(), folder.resolve()
-    if (within == run and path.name in kept) or within == run / output_folder.CHECKPOINTS:
-        raise OutputFault(f"{path}: belongs to the run; {REMEDY}")

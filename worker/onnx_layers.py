@@ -35,8 +35,9 @@ def faults(layers: Sequence[Placed], place: str = "model") -> Iterator[str]:
     """What keeps layers from being written: a sentence for each, which names it as the job file does."""
     for index, placed in enumerate(layers):
         here = f"{place}[{index}].{placed.kind}"
-        if placed.kind in WITHOUT_FORM:
-            yield f"{here}: has no ONNX form: {WITHOUT_FORM[placed.kind]}"
+        if placed.kind in WITHOUT_FORM or placed.kind not in NODES:
+            reason = WITHOUT_FORM.get(placed.kind, "nobody has written one into worker/onnx_layers.py")
+            yield f"{here}: has no ONNX form: {reason}"
         elif placed.kind == "residual":
             yield from faults(_layer(placed).inside.layers, f"{here}.layers")
 

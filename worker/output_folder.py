@@ -7,6 +7,7 @@ written to, unless it is to be resumed; then the job may differ only in what lea
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,20 @@ CHECKPOINTS = "checkpoints"
 TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
 # A resumed job may name other values for these; everything else decides what the weights become.
 MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": TRAINING_MAY_CHANGE}
+
+
+def check_outside_run(folder: Path, path: Path, remedy: str) -> None:
+    """OutputFault where `path` cannot be a new file, is a device, or is one that the run in `folder` left."""
+    if os.path.isdir(path):  # not Path's, which raises where a name is too long to be one
+        raise OutputFault(f"{path}: is a folder; {remedy}")
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OutputFault(f"{path}: is not a file that can be replaced; {remedy}")
+    if not os.path.isdir(path.parent):
+        raise OutputFault(f"{path.parent}: is not a folder; make it, or {remedy}")
+    within, run = path.parent.resolve(), folder.resolve()
+    kept = (model_file.FILE_NAME, JOB, METRICS, SUMMARY)
+    if (within == run and path.name in kept) or within == run / CHECKPOINTS:
+        raise OutputFault(f"{path}: belongs to the run; {remedy}")
 
 
 def open_new(folder: Path, job: job_pb2.JobSpec) -> None:

@@ -33,6 +33,7 @@ from worker.sync.exchange import TOTALS, Exchange
 from worker.sync.world import World
 from worker.update import AVERAGE
 
+DIVERGED = 1e6  # times the loss of the first step, or times 1: what no training comes back from
 REPORT_SECONDS = 0.5  # between two reports within an epoch
 
 
@@ -93,7 +94,7 @@ def train(
 
     step, samples_done, validations = start.step, start.samples, start.validations
     learning_rate = schedule(samples_done, validation_losses(validations))
-    first_step_time = 0.0
+    first_step_time, highest_loss = 0.0, 0.0
     train_loss: float | None = None
     position, stopped = start, None
     averaged = job.training.HasField("average")
@@ -126,9 +127,11 @@ def train(
             meter.lap_exchange(exchange.statistics.update_seconds - update_seconds_before)
 
             loss, correct, reports_due = exchange.totals[: len(TOTALS)].tolist()
-            if not math.isfinite(loss):
+            mean_loss = loss / (last - first)
+            highest_loss = highest_loss or DIVERGED * max(mean_loss, 1.0)
+            if not mean_loss <= highest_loss:  # nan is not
                 raise TrainingFault(
-                    f"step {step} (epoch {epoch + 1}): the loss is {loss:g}; "
+                    f"step {step} (epoch {epoch + 1}): the loss is {mean_loss:g}; "
                     f"lower the learning rate ({learning_rate:g}) or scale the features"
                 )
             model.update_state()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any, Final
 import numpy as np
 
 from protos.job_file import JobFileInvalid, read_job_file
+from protos.urls import shown
 from worker.checkpoint import replacing
 from worker.data.batches import BatchReader
 from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
+from worker.data.stores import local_path
 from worker.data.text import read_windows
 from worker.engine.losses import TARGET_KIND
-from worker.errors import DataFault, UsageFault
+from worker.errors import DataFault, OutputFault, UsageFault
 from worker.evaluation import conclude, samples_at_once, sum_over
 from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
+from worker.output_folder import check_outside_run
 from worker.predictions import choose_writer
 
+OUTPUT_REMEDY: Final = "name another file with -o"
 ARRAY_ENDINGS: Final = (".npy", ".npz", ".csv", ".parquet")  # hold tokens as an array, also for a model of text
 
 
@@ -65,30 +70,38 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
     )
 
 
-def predict_file(folder: Path, input_path: Path, output_path: Path | None, form: str | None = None) -> None:
+def predict_file(folder: Path, place: str | Path, output_path: Path | None, form: str | None = None) -> None:
     """Print, or write to `output_path`, what the model says to each sample; labels where the loss knows labels.
 
     A model of text reads text: its samples are the windows of the file, and it says of each byte what comes behind it.
 
     Args:
+        place: the input, a path or a URL.
         form: a key of predictions.WRITERS; None goes by the ending of `output_path`, and is CSV without one.
 
     Raises:
         Fault: the model or the input is not usable, or they do not fit each other, or the form is not to be had.
     """
     writer = choose_writer(form, output_path)
+    if output_path is None and sys.stdout is None:
+        raise OutputFault(f"standard output: is closed; {OUTPUT_REMEDY}")
     trained = read_model(folder)
+    input_path = Path(local_path(str(place)))
+    if output_path is not None:
+        check_outside_run(folder, output_path, OUTPUT_REMEDY)
+        if os.path.exists(output_path) and output_path.samefile(input_path):
+            raise OutputFault(f"{output_path}: is the input; {OUTPUT_REMEDY}")
     features = _open_input(trained, input_path)
     shape = features.shape[1:] or (1,)
     if len(shape) == 2 and trained.model.sample_shape == (*shape, 1):
         shape = (*shape, 1)
-    _check_shape(trained, shape, str(input_path))
+    _check_shape(trained, shape, shown(str(place)))
     labels = TARGET_KIND[trained.model.loss_kind] == "labels"
-    batches = _outputs(trained, features, shape)
+    batches = _outputs(trained, features, shape, shown(str(place)))
     if output_path is None:
         writer(batches, trained.model.output_shape, labels, sys.stdout.buffer)
         return
-    with replacing(output_path) as temporary, temporary.open("wb") as file:
+    with replacing(output_path, OUTPUT_REMEDY) as temporary, temporary.open("wb") as file:
         writer(batches, trained.model.output_shape, labels, file)
 
 
@@ -104,7 +117,7 @@ def _open_input(trained: TrainedModel, path: Path) -> np.ndarray:
     return windows.values
 
 
-def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]) -> Iterator[np.ndarray]:
+def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...], place: str) -> Iterator[np.ndarray]:
     """The model's outputs (n, *output_shape), a batch at a time."""
     at_once = samples_at_once(trained.model, len(features))
     trained.model.reserve(at_once)
@@ -112,7 +125,11 @@ def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]
     for first in range(0, len(features), at_once):
         raw = features[first : first + at_once].reshape(-1, *shape)
         trained.preprocessing.apply(raw, converted[: len(raw)])
-        yield trained.model.outputs(converted[: len(raw)])
+        try:
+            outputs = trained.model.outputs(converted[: len(raw)])
+        except DataFault as fault:
+            raise DataFault(f"{place}: among samples {first} to {first + len(raw) - 1}: {fault}") from None
+        yield outputs
 
 
 def _check_shape(trained: TrainedModel, shape: tuple[int, ...], place: str) -> None:

@@ -78,6 +78,31 @@ def test_synchronized_any_number_of_ranks_by_either_exchange_gives_what_one_give
         assert summary(output)["validation_loss"] == pytest.approx(loss, rel=1e-4)
 
 
+def test_biases_that_the_mean_takes_off_again_stay_where_they_began_whatever_the_optimizer(
+    run_ranks, data, tmp_path
+) -> None:
+    """Adam would make full steps of what rounding leaves of their gradient, other ones on each number of ranks."""
+    convolution = {"conv2d": {"filters": 4, "kernel": 3}}
+    norm = {"batch_norm": {"synchronized": True}}
+    layers = [
+        convolution,
+        {"max_pool2d": {"size": 2}},
+        norm,
+        "tanh",
+        {"dense": {"units": 8}},
+        norm,
+        {"dense": {"units": 3}},
+    ]
+    results = {}
+    for ranks in (1, 2, 3):
+        job = write_job(tmp_path, data, True, model=layers, optimizer={"adam": {"learning_rate": 0.003}})
+        results[ranks] = train(run_ranks, ranks, job, tmp_path / str(ranks))
+        assert not results[ranks]["0.conv2d.bias"].any()
+        assert not results[ranks]["4.dense.bias"].any()
+        assert results[ranks]["6.dense.bias"].all()
+        assert_close(results[ranks], results[1], 2e-3)
+
+
 def test_the_first_step_is_the_same_to_float32_rounding(run_ranks, data, tmp_path) -> None:
     """One step of the whole set: nothing has had time to grow."""
     training = {"epochs": 1, "batch_size": 0}

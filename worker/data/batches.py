@@ -33,9 +33,9 @@ class BatchReader:
         self._features = np.empty((capacity, *dataset.sample_shape), dtype)
         targets_shape = (capacity, *dataset.targets.shape[1:])
         self._raw_targets = np.empty(targets_shape, dataset.targets.dtype)
-        # The bytes of a text are labels too, and labels are int64.
-        of_bytes = dataset.targets.dtype == np.uint8
-        self._targets = np.empty(targets_shape, np.int64) if of_bytes else self._raw_targets
+        # Labels stored in a smaller type, as the bytes of a text are, become int64 here.
+        is_converted = dataset.targets.dtype.kind in "iu" and dataset.targets.dtype != np.int64
+        self._targets = np.empty(targets_shape, np.int64) if is_converted else self._raw_targets
         stored_shape = (capacity, *dataset.features.shape[1:])
         # Rows already of the right type are gathered where they will be used.
         self._in_place = in_place = self._stored.dtype == self._features.dtype

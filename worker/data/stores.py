@@ -128,12 +128,14 @@ class _Fetch:
         information = self._store.info(self._url)
         if information.get("type") == "directory":
             raise IsADirectoryError("is a folder, not a file")
-        facts = [information.get(name) for name in ("ETag", "etag", "LastModified", "mtime", "size")]
+        facts = [information.get(name) for name in ("ETag", "etag", "LastModified", "Last-Modified", "mtime", "size")]
         self.version = f"{facts}"
 
     def copy(self, path: Path) -> None:
         """Write the file's bytes to `path`."""
-        with path.open("xb", buffering=0) as file, self._store.open(self._url, "rb", block_size=PIECE_BYTES) as remote:
+        # 0 is fsspec's word for reading a web server's answer as it comes: not every one knows ranges.
+        block_size = 0 if self._url.lower().startswith(("http://", "https://")) else PIECE_BYTES
+        with path.open("xb", buffering=0) as file, self._store.open(self._url, "rb", block_size=block_size) as remote:
             while not self._abandoned and (piece := remote.read(PIECE_BYTES)):
                 try:
                     left = memoryview(piece)
@@ -179,8 +181,11 @@ class _Fetch:
                 f"{self._place}: a URL is read by fsspec and the library of its store, which cannot be imported "
                 f"({_first_line(error, self._url)}); pip install 'paceline[stores]', or the library that is named"
             )
-        if isinstance(error, FileNotFoundError):
+        # fsspec says "not found" of a web server that cannot be reached, too; its cause tells them apart.
+        if isinstance(error, FileNotFoundError) and not isinstance(error.__cause__, OSError):
             return DataFault(f"{self._place}: no such file in the store; check the URL in the job file")
+        if isinstance(error, FileNotFoundError) and error.__cause__ is not None:
+            error = error.__cause__
         return DataFault(
             f"{self._place}: cannot be fetched: {type(error).__name__}: {_first_line(error, self._url)}; "
             "check the URL, the network and the credentials in the environment"

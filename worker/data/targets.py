@@ -45,4 +45,7 @@ def _as_labels(array: StoredArray) -> NDArray[np.int64]:
             first = tuple(int(index) for index in np.unravel_index(int(bad.argmax()), bad.shape))
             where = locate(first + (0,) * (values.ndim - len(first)))
             raise DataFault(f"{place}: label {labels[first]} at {where} {fault}; labels are class numbers 0, 1, 2, ...")
+    if labels.ndim > 1 and labels.dtype.kind in "iu":
+        # Left as stored, and mapped where they are: as int64 the labels of bytes would take eight times their file.
+        return labels
     return np.ascontiguousarray(labels, dtype=np.int64)

@@ -7,7 +7,7 @@ follow each other in layer order under names such as `0.dense.weight`.
 import math
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy.typing as npt
 
@@ -17,6 +17,22 @@ from worker.engine.layers.layer import Layer, Moment, Reduce, StatefulLayer, Sum
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.engine.run_order import run_order
 from worker.errors import ModelFault
+
+if TYPE_CHECKING:
+    from worker.engine.layers.batch_norm import BatchNorm
+
+
+# The parameter of a layer that adds one number to each channel of its output.
+CHANNEL_BIAS: Final = {
+    "dense": "bias",
+    "conv2d": "bias",
+    "linear": "bias",
+    "layer_norm": "bias",
+    "batch_norm": "bias",
+    "attention": "out_bias",
+}
+# What hands a number added to a whole channel on as it is.
+KEEPS_BIAS: Final = frozenset({"max_pool2d", "average_pool2d", "global_average_pool", "flatten"})
 
 
 class NestedFault(ModelFault):
@@ -67,6 +83,8 @@ class Chain:
         # Nothing before the first layer with parameters is asked for a parameter's gradient.
         trained = [index for index, layer in enumerate(self.running) if layer.parameters]
         self.first_trained = trained[0] if trained else len(self.running)
+        self._cancelled = _cancelled_biases([built[index] for index in order])
+        self._cancelled_gradients: list[tuple[BatchNorm, FloatArray]] = []
         # Asked once: isinstance of a protocol takes 5 us, which would be every layer's at every step.
         self._varying = [
             (index, placed.layer) for index, placed in enumerate(self.layers) if isinstance(placed.layer, VaryingLayer)
@@ -79,6 +97,8 @@ class Chain:
             stop = start + len(placed.layer.parameters)
             placed.layer.attach(values[start:stop], gradients[start:stop])
             start = stop
+        named = zip((parameter.name for parameter in self.parameters), gradients, strict=False)
+        self._cancelled_gradients = [(self._cancelled[n], g) for n, g in named if n in self._cancelled]
 
     def check_batch(self, at_once: int, batch: int) -> None:
         """ModelFault naming the layer that so few samples, in a rank at once and in the whole batch, cannot train."""
@@ -132,6 +152,9 @@ class Chain:
                 layer.backward_parameters(dy)
             if index > self.first_trained:
                 dy = layer.backward_input(dy)
+        for normalization, gradient in self._cancelled_gradients:
+            if normalization.training:
+                gradient[...] = 0
         return dy
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
@@ -173,6 +196,23 @@ class Chain:
         """A layer's fault with its place before it."""
         joint = "." if isinstance(fault, NestedFault) else ": "
         return self._fault_type(f"{self._place}[{index}].{kind}{joint}{fault}")
+
+
+def _cancelled_biases(running: Sequence[Placed]) -> dict[str, "BatchNorm"]:
+    """The biases that a batch_norm behind them takes off again with the mean, by name.
+
+    Each adds one number to a channel, and in training batch_norm subtracts the channel's mean: the gradient is 0. What
+    rounding leaves in its place would become full steps of an optimizer that divides by the gradient's size, other ones
+    on each number of ranks, and go into the running mean.
+    """
+    from worker.engine.layers.batch_norm import BatchNorm
+
+    cancelled: dict[str, BatchNorm] = {}
+    for index, placed in enumerate(running):
+        behind = next((after.layer for after in running[index + 1 :] if after.kind not in KEEPS_BIAS), None)
+        if isinstance(behind, BatchNorm) and placed.kind in CHANNEL_BIAS:
+            cancelled[f"{placed.place}.{CHANNEL_BIAS[placed.kind]}"] = behind
+    return cancelled
 
 
 def _values_per_sample(layer: Layer) -> int:

@@ -236,6 +236,12 @@ def test_export_writes_the_graph_of_a_finished_run_over_an_older_one(folder):
     assert set(files(folder)) == {"model.safetensors", "model.onnx"}
 
 
+def test_a_layer_that_nobody_has_written_a_form_for_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(onnx_layers.NODES, "gelu")
+    with pytest.raises(ModelFault, match=r"model\[0\].gelu: has no ONNX form"):
+        onnx_export.to_onnx(onnx, trained(SEQUENCE, f"gelu, {LAST}"))
+
+
 def test_a_layer_without_an_onnx_form_is_refused_by_name_and_reason(folder, monkeypatch):
     monkeypatch.setitem(onnx_layers.WITHOUT_FORM, "relu", "it is for the test")
     message = "model[0].residual.layers[1].residual.layers[0].relu: has no ONNX form: it is for the test"

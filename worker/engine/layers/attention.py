@@ -158,7 +158,8 @@ class Attention:
         `time`, dV = E^T H and dS_ts = E_ts (sum_j H_tj V_sj - sum_j H_tj G_tj).
         The projections are linear layers: dW = X^T dY, db = the column sums, dX = dY W^T. Q / sqrt(d) is what the
         projection in made, with W and b times the column's scale c: so dW and db are c times what X^T dY and the
-        column sums are.
+        column sums are. The keys' bias b adds Q_t b to all scores of query t alike, which softmax does not see: its
+        gradient is 0, and what rounding leaves in its place would become full steps of Adam's.
         """
         n = len(dy)
         d_outputs = dy.reshape(-1, self.features)
@@ -179,6 +180,7 @@ class Attention:
         np.multiply(self.d_in_weight, self.column_scale, out=self.d_in_weight)
         np.dot(ones, d_rows, out=self.d_in_bias)
         np.multiply(self.d_in_bias, self.column_scale, out=self.d_in_bias)
+        self.d_in_bias[self.features : 2 * self.features] = 0
 
     def _backward_scores(self, samples: slice, h: FloatArray, row: FloatArray) -> None:
         """dQ, dK and dV of some samples, given H and the sums over j of H_tj G_tj."""
