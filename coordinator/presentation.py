@@ -201,6 +201,10 @@ def summary_facts(summary: job_pb2.Summary) -> list[tuple[str, str]]:
         facts.append(("kept", f"the weights of epoch {summary.best_epoch}, the best"))
     if summary.stopped_early:
         facts.append(("stopped early", "the validation loss did not improve any more"))
+    if summary.HasField("initialized"):
+        begun = summary.initialized
+        left = f", {len(begun.unfitted)} things did not fit: see summary.json" if begun.unfitted else ""
+        facts.append(("began with", f"{len(begun.fitted)} arrays of {printable(begun.file)}{left}"))
     many = "s" if summary.world_size != 1 else ""
     return [
         *facts,

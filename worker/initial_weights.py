@@ -23,6 +23,7 @@ class InitialWeights:
     """What of a file goes into a model."""
 
     path: Path
+    place: str  # what the job file calls it
     fitted: tuple[str, ...]  # names in the order of the model
     unfitted: tuple[str, ...]  # a sentence for each parameter or tensor left out
 
@@ -36,28 +37,30 @@ class InitialWeights:
     def lines(self) -> list[str]:
         """For people: one line in sum, then one for each thing that did not fit."""
         count = len(self.fitted)
-        first = f"initialize_from: {count} parameter{'s' if count != 1 else ''} taken from {self.path}"
+        first = f"initialize_from: {count} parameter{'s' if count != 1 else ''} taken from {self.place}"
         return [first, *(f"initialize_from: not taken: {sentence}" for sentence in self.unfitted)]
 
     def summary(self) -> dict[str, Any]:
         """`initialized` of summary.json."""
-        return {"file": str(self.path), "fitted": list(self.fitted), "unfitted": list(self.unfitted)}
+        return {"file": self.place, "fitted": list(self.fitted), "unfitted": list(self.unfitted)}
 
 
-def open_initial_weights(path: Path, model: Model) -> InitialWeights:
-    """Hold a file against a model.
+def open_initial_weights(path: Path, model: Model, place: str = "") -> InitialWeights:
+    """Hold a file against a model; messages name it `place`, where it was fetched from a URL.
 
     Raises:
         CheckpointFault: it is not there, damaged, holds a weight that is not a finite number, or nothing of it fits.
     """
+    place = place or str(path)
     if not path.is_file():
-        raise CheckpointFault(f"initialize_from: {path}: is no file; check the path in the job file")
+        raise CheckpointFault(f"initialize_from: {place}: is no file; check the path in the job file")
     try:
         tensors, _ = read_safetensors(path)
     except CheckpointFault as fault:
-        raise CheckpointFault(f"initialize_from: {fault}; name an intact safetensors file") from fault
+        message = str(fault).replace(str(path), place)
+        raise CheckpointFault(f"initialize_from: {message}; name an intact safetensors file") from fault
     except (TypeError, AttributeError) as error:  # bfloat16, float8 and their like, which NumPy does not know
-        raise CheckpointFault(f"initialize_from: {path}: {error}; save its tensors as float32") from error
+        raise CheckpointFault(f"initialize_from: {place}: {error}; save its tensors as float32") from error
     fitted, unfitted = [], []
     slots = (*model.slots, *model.state_slots)
     for slot in slots:
@@ -70,7 +73,7 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
             unfitted.append(f"{slot.name}: is {tensor.dtype} in the file, needs floating-point numbers")
         elif not _all_finite(tensor, model.dtype):
             raise CheckpointFault(
-                f"initialize_from: {path}: {slot.name} holds a value that is not a finite {model.dtype}; "
+                f"initialize_from: {place}: {slot.name} holds a value that is not a finite {model.dtype}; "
                 "use another file"
             )
         else:
@@ -78,12 +81,12 @@ def open_initial_weights(path: Path, model: Model) -> InitialWeights:
     if not fitted:
         named = ", ".join(sorted(tensors)[:5]) or "nothing"
         raise CheckpointFault(
-            f"initialize_from: {path}: nothing fits the model: {'; '.join(unfitted[:3])}; the file holds {named}: "
+            f"initialize_from: {place}: nothing fits the model: {'; '.join(unfitted[:3])}; the file holds {named}: "
             "names and shapes must be the same, and values floating-point numbers"
         )
     known = {slot.name for slot in slots}
     unfitted += [f"{name}: is in the file and not in the model" for name in sorted(tensors.keys() - known)]
-    return InitialWeights(path, tuple(fitted), tuple(unfitted))
+    return InitialWeights(path, place, tuple(fitted), tuple(unfitted))
 
 
 def _all_finite(tensor: np.ndarray, dtype: np.dtype[Any]) -> bool:

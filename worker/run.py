@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from protos import job_pb2
+from protos.urls import shown
 from worker import output_folder
 from worker.best_weights import BestWeights
 from worker.checkpoint import (
@@ -66,7 +67,8 @@ def run_job(
     world.agree(lambda: check_shares(prepared, job, world.size))
     initial = None
     if job.initialize_from and not resume:
-        initial = world.agree(lambda: open_initial_weights(Path(local_path(job.initialize_from)), prepared.model))
+        named = job.initialize_from
+        initial = world.agree(lambda: open_initial_weights(Path(local_path(named)), prepared.model, shown(named)))
         for line in initial.lines():
             say(line)
     watchdog.doing("opening the output folder")

@@ -33,9 +33,7 @@ KERNEL_WISHES = (
     "OPENBLAS_CORETYPE",
 )
 DEADLINE_SECONDS = 180.0
-# What one computing thread keeps busy with what the interpreter does beside it: JAX prepares a batch while the step
-# before it still runs, 1.12 cores on a large network.
-MOST_CORES = 1.25
+MOST_CORES = 1.1  # a thread keeps busy, with what the interpreter does beside it
 LAST_CHARACTERS = 2000  # of a failed run's output, shown
 
 

@@ -52,7 +52,10 @@ CASES = {
     ),
     "initial weights that fit nothing": (
         {"initialize_from": "other.safetensors"},
-        *(FAILED, "nothing fits the model: the file holds x, the model 0.dense.weight, 0.dense.bias"),
+        *(
+            FAILED,
+            "nothing fits the model: 0.dense.weight: is not in the file; 0.dense.bias: is not in the file; the file",
+        ),
     ),
     "metric": ({"metrics": ["r2"]}, BAD_JOB, "metrics: r2 cannot be told of labels"),
     "metric's setting": (
@@ -100,3 +103,34 @@ def test_one_line_says_it_and_nothing_is_written(run_ranks, folder, case) -> Non
     assert said in errors[0]
     assert "Traceback" not in done.stderr
     assert not (folder / "out").exists()
+
+
+def test_a_model_larger_than_memory_is_one_line(run_ranks, folder) -> None:
+    layers = [{"dense": {"units": 4_000_000}}, {"dense": {"units": 4_000_000}}, DENSE]
+    job = {
+        "data": {"train": {"built_in": "digits"}},
+        "model": layers,
+        "loss": "softmax_cross_entropy",
+        "optimizer": "sgd",
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    done = run_ranks(1, ["-m", "worker", "train", folder / "job.json", "-o", folder / "out"])
+    assert done.returncode == FAILED
+    assert re.search(
+        r"^error: out of memory: .*; make the model or training.batch_size smaller", done.stderr, re.MULTILINE
+    )
+    assert "Traceback" not in done.stderr
+
+
+def test_a_loss_that_is_finite_and_enormous_ends_the_run_at_its_step(run_ranks, folder) -> None:
+    job = {
+        "data": {"train": {"built_in": "digits"}},
+        "model": [{"dense": {"units": 32}}, "relu", DENSE],
+        "loss": "softmax_cross_entropy",
+        "optimizer": {"adam": {"learning_rate": 1e6}},
+        "training": {"epochs": 5},
+    }
+    (folder / "job.json").write_text(json.dumps(job))
+    done = run_ranks(2, ["-m", "worker", "train", folder / "job.json", "-o", folder / "out"])
+    assert done.returncode == FAILED
+    assert re.search(r"error: .*step \d+ \(epoch 1\): the loss is [\d.e+]+; lower the learning rate", done.stderr)

@@ -1,12 +1,16 @@
 """Data files named by URLs: fetched once, read like any other file, and every fault one line about the URL."""
 
+import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +20,7 @@ from protos import job_pb2
 from tests.unit.data.store_server import BUCKET, served
 from worker.data import stores
 from worker.data.sources import open_source
-from worker.data.stores import cache_folder, fetch_all, local_path
+from worker.data.stores import PIECE_BYTES, cache_folder, fetch_all, local_path
 from worker.errors import DataFault
 
 fsspec = pytest.importorskip("fsspec", reason="no fsspec: pip install 'paceline[stores]'")
@@ -80,6 +84,34 @@ def test_a_changed_object_is_fetched_anew(s3: list[str], remote: Path) -> None:
     np.save(remote / "x.npy", -np.arange(12.0).reshape(6, 2))
     second = open_source(npy(f"s3://{BUCKET}"), "labels")
     np.testing.assert_array_equal(second.features, -first.features)
+
+
+@pytest.fixture
+def web(remote: Path) -> Iterator[str]:
+    """A web server that knows no ranges and gives no ETag: Python's own."""
+    handler = partial(SimpleHTTPRequestHandler, directory=str(remote))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+def test_a_web_server_without_ranges_gives_a_large_file_and_its_changes(web: str, remote: Path, cache: Path) -> None:
+    for value, changed_at in ((1, 1_000_000_000), (2, 1_000_000_100)):
+        np.save(remote / "large.npy", np.full(2 * PIECE_BYTES, value, np.uint8))
+        os.utime(remote / "large.npy", (changed_at, changed_at))
+        np.testing.assert_array_equal(np.load(local_path(f"{web}/large.npy")), value)
+
+
+def test_a_web_server_that_is_not_there_is_not_called_a_missing_file(web: str, cache: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))  # nobody listens
+        with pytest.raises(DataFault, match=r"cannot be fetched: ClientConnectorError: .*check the URL, the network"):
+            local_path(f"http://127.0.0.1:{taken.getsockname()[1]}/x.npy")
+    with pytest.raises(DataFault, match="no such file in the store"):
+        local_path(f"{web}/none.npy")
 
 
 def test_an_object_that_is_not_there_is_one_line_and_nothing_is_kept(s3: list[str], cache: Path) -> None:

@@ -16,6 +16,10 @@ functional = torch.nn.functional
 
 TOLERANCE = {np.float64: 1e-11, np.float32: 2e-5}
 ACTIVATIONS = {
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "relu": functional.relu,
+    "leaky_relu:0.2": lambda x: functional.leaky_relu(x, 0.2),
     "gelu": functional.gelu,
     "silu": functional.silu,
     "elu:1": functional.elu,
@@ -75,6 +79,57 @@ def windows(draw: st.DrawFn) -> SimpleNamespace:
 @given(samples=st.integers(1, 6), shape=st.lists(st.integers(1, 9), min_size=1, max_size=3), seed=SEEDS, kind=DTYPES)
 def test_activations_equal_torch_s(engine, word, samples, shape, seed, kind):
     compare(engine, word, tuple(shape), samples, seed, kind, ACTIVATIONS[word])
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=st.integers(1, 6), units=st.integers(1, 30), seed=SEEDS, kind=DTYPES)
+def test_softmax_equals_torch_s(engine, samples, units, seed, kind):
+    compare(engine, "softmax", (units,), samples, seed, kind, lambda x: functional.softmax(x, dim=1))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    samples=st.integers(1, 6),
+    shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
+    units=st.integers(1, 30),
+    bias=st.booleans(),
+    seed=SEEDS,
+    kind=DTYPES,
+)
+def test_dense_equals_torch_s(engine, samples, shape, units, bias, seed, kind):
+    def peer(x, weight, *biases):
+        return functional.linear(x.flatten(1), weight.T, *biases)
+
+    compare(engine, f"dense: {{units: {units}, bias: {str(bias).lower()}}}", tuple(shape), samples, seed, kind, peer)
+
+
+WINOGRAD_SIDES = st.integers(6, 15)
+WINOGRAD_CHANNELS = st.integers(32, 40)
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sides=st.tuples(WINOGRAD_SIDES, WINOGRAD_SIDES),
+    channels=WINOGRAD_CHANNELS,
+    filters=WINOGRAD_CHANNELS,
+    padding=st.sampled_from(["valid", "same"]),
+    samples=st.integers(1, 3),
+    seed=SEEDS,
+    kind=DTYPES,
+)
+def test_convolution_by_fewer_products_equals_torch_s(engine, sides, channels, filters, padding, samples, seed, kind):
+    """Winograd's sums are of 288 products and more, in another order: float32 errs by a little more than elsewhere."""
+    more = 2 if padding == "valid" else 0
+    shape = (sides[0] + more, sides[1] + more, channels)
+    around = 0 if padding == "valid" else 1
+
+    def peer(x, weight, bias):
+        y = functional.conv2d(x.permute(0, 3, 1, 2), weight.permute(3, 2, 0, 1), bias, padding=around)
+        return y.permute(0, 2, 3, 1)
+
+    word = f"conv2d: {{filters: {filters}, kernel: 3, padding: {padding}}}"
+    assert LAYERS["conv2d"](engine.layer(word).conv2d, shape).is_winograd
+    compare(engine, word, shape, samples, seed, kind, peer)
 
 
 @settings(max_examples=100, deadline=None)

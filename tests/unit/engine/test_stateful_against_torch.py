@@ -16,32 +16,39 @@ SIZES = st.integers(1, 6)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-def compare(kind, options, x, module, parameters, tolerance=1e-11):
+def compare(kind, options, x, module, parameters, tolerance=1e-11, dtype=np.float64):
     """Run both on x and on a random dL/dy. `parameters` turns the layer's arrays into the module's, and gradients too.
 
-    The differences are held to `tolerance` in float64, where rounding alone is left.
+    The differences are held to `tolerance` of the largest value, or of 1, in `dtype`: rounding alone is left.
     """
+
+    def close(ours, theirs):
+        scale = max(1.0, float(np.abs(theirs).max()))
+        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=tolerance, atol=tolerance)
+
+    module = module.to(torch.float32 if dtype == np.float32 else torch.float64)
+    x = x if kind == "embedding" else x.astype(dtype)
     random = np.random.default_rng(5)
     layer = LAYERS[kind](options, x.shape[1:])
-    values = [random.standard_normal(parameter.shape) for parameter in layer.parameters]
+    values = [random.standard_normal(parameter.shape).astype(dtype) for parameter in layer.parameters]
     gradients = [np.full_like(value, np.nan) for value in values]
     layer.attach(values, gradients)
-    layer.reserve(len(x), np.float64, in_place=False)
+    layer.reserve(len(x), dtype, in_place=False)
     with torch.no_grad():
         for name, array in parameters(values).items():
             module.get_parameter(name).copy_(torch.tensor(array))
     whole_numbers = kind == "embedding"
     theirs_x = torch.tensor(x, dtype=torch.int64) if whole_numbers else torch.tensor(x, requires_grad=True)
     theirs = module(theirs_x)
-    ours = layer.forward(x.astype(np.float64))
-    np.testing.assert_allclose(ours, theirs.detach().numpy(), rtol=tolerance, atol=tolerance)
-    dy = random.standard_normal(ours.shape)
+    ours = layer.forward(x.astype(dtype))
+    close(ours, theirs.detach().numpy())
+    dy = random.standard_normal(ours.shape).astype(dtype)
     theirs.backward(torch.tensor(dy))
     layer.backward_parameters(dy)
     if not whole_numbers:
-        np.testing.assert_allclose(layer.backward_input(dy), theirs_x.grad.numpy(), rtol=tolerance, atol=tolerance)
+        close(layer.backward_input(dy), theirs_x.grad.numpy())
     for name, gradient in parameters(gradients).items():
-        np.testing.assert_allclose(gradient, module.get_parameter(name).grad.numpy(), rtol=tolerance, atol=tolerance)
+        close(gradient, module.get_parameter(name).grad.numpy())
 
 
 @settings(max_examples=25, deadline=None)
@@ -127,6 +134,39 @@ class TorchPositions(torch.nn.Module):
 def test_positions_equal_torch_s(samples, time, features, seed):
     x = np.random.default_rng(seed).standard_normal((samples, time, features))
     compare("positions", job_pb2.PositionsLayer(), x, TorchPositions((time, features)), lambda a: {"weight": a[0]})
+
+
+WIDTHS = st.integers(2, 6).map(lambda n: 4 * n)
+FLOAT32 = 1e-4  # float32's 6e-8, over sums of some hundred and a division by a deviation that may be small
+
+
+@settings(max_examples=25, deadline=None)
+@given(samples=SIZES, time=st.integers(1, 40), width=WIDTHS, causal=st.booleans(), seed=SEEDS)
+def test_layers_of_sequences_in_float32_equal_torch_s(samples, time, width, causal, seed):
+    x = np.random.default_rng(seed).standard_normal((samples, time, width))
+    in_order = [f"attention.{part}_{name}" for part, name in (("in_proj", "weight"), ("in_proj", "bias"))]
+    in_order += [f"attention.out_proj.{name}" for name in ("weight", "bias")]
+    for kind, options, module, names in (
+        ("layer_norm", job_pb2.LayerNormLayer(epsilon=1e-5), torch.nn.LayerNorm(width), ("weight", "bias")),
+        ("linear", job_pb2.LinearLayer(units=7), torch.nn.Linear(width, 7), ("weight", "bias")),
+        ("attention", job_pb2.AttentionLayer(heads=4, causal=causal), TorchAttention(width, 4, causal), in_order),
+    ):
+        compare(
+            *(kind, options, x, module),
+            lambda arrays, names=names: {name: array.T for name, array in zip(names, arrays, strict=True)},
+            *(FLOAT32, np.float32),
+        )
+    module = TorchPositions((time, width))
+    compare("positions", job_pb2.PositionsLayer(), x, module, lambda arrays: {"weight": arrays[0]}, FLOAT32, np.float32)
+
+
+@settings(max_examples=15, deadline=None)
+@given(samples=SIZES, tokens=SIZES, vocabulary=SIZES, units=SIZES, seed=SEEDS)
+def test_embedding_in_float32_equals_torch_s(samples, tokens, vocabulary, units, seed):
+    x = np.random.default_rng(seed).integers(0, vocabulary, (samples, tokens))
+    options = job_pb2.EmbeddingLayer(vocabulary=vocabulary, units=units)
+    module = torch.nn.Embedding(vocabulary, units)
+    compare("embedding", options, x, module, lambda arrays: {"weight": arrays[0]}, FLOAT32, np.float32)
 
 
 class TorchResidual(torch.nn.Module):

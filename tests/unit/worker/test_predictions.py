@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import os
 import re
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import pytest
 from protos.job_file import parse_job
 from worker.data.preprocessing import Preprocessing
 from worker.engine.model import Model
-from worker.errors import DataFault, UsageFault
+from worker.errors import DataFault, OutputFault, UsageFault
 from worker.model_file import write_model
 from worker.predictions import WRITERS, choose_writer
 from worker.use import predict_file
@@ -105,4 +106,23 @@ def test_a_text_shorter_than_a_window_is_refused(folder):
     (folder / "a.txt").write_bytes(b"short")
     with pytest.raises(DataFault, match=re.escape("a.txt: holds 5 bytes, and the model takes 6 at a time")):
         predict_file(folder, folder / "a.txt", folder / "a.csv")
+    assert not (folder / "a.csv").exists()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "job.yaml", "a.txt", "checkpoints", "none/a.csv", "pipe"])
+def test_predictions_replace_neither_the_run_nor_the_input_nor_what_is_no_file(folder, name):
+    (folder / "a.txt").write_bytes(b"text of a file")
+    (folder / "job.yaml").write_text("kept")
+    (folder / "checkpoints").mkdir()
+    os.mkfifo(folder / "pipe")
+    before = {path: path.stat() for path in folder.iterdir()}
+    with pytest.raises(OutputFault, match="name another file with -o"):
+        predict_file(folder, folder / "a.txt", folder / name, "csv")
+    assert {path: path.stat() for path in folder.iterdir()} == before
+
+
+def test_a_token_that_the_model_does_not_know_is_named_with_its_file(folder):
+    np.save(folder / "tokens.npy", np.full((3, 6), 256))
+    with pytest.raises(DataFault, match=r"tokens.npy: among samples 0 to 2: .* has 256 where a token is expected"):
+        predict_file(folder, folder / "tokens.npy", folder / "a.csv")
     assert not (folder / "a.csv").exists()

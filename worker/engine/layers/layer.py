@@ -1,8 +1,8 @@
 """What a layer is to the model.
 
-A new layer is one message in protos/job.proto with a line in `Layer` there, one class that keeps to the protocols
-below, and one line in `LAYERS`. Every layer is a `Layer`. One that acts otherwise in training than in evaluation is a
-`VaryingLayer` too, and one that keeps numbers which training changes without a gradient is a `StatefulLayer`: the
+A new layer is one message in protos/job.proto with a line in `Layer` there, and one class that keeps to the protocols
+below and is named as the message is. Every layer is a `Layer`. One that acts otherwise in training than in evaluation
+is a `VaryingLayer` too, and one that keeps numbers which training changes without a gradient is a `StatefulLayer`: the
 model finds the methods and calls them, checkpoints, model files and the exchange between ranks follow by themselves.
 
 Rules: a layer is made from its options in the job file and the shape of one incoming sample, and raises ModelFault
