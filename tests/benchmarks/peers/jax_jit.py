@@ -20,7 +20,7 @@ def main(devices: int = 1) -> None:
     # sums need more, or nobody is left to compute them.
     os.environ["NPROC"] = "1" if devices == 1 else str(2 * devices)
     if devices == 1:
-        # Else the interpreter hands over the next step on another core while XLA computes: 1.3 cores on a small network.
+        # Else the interpreter hands the next step over on another core while XLA computes: 1.3 cores on a small one.
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
     train(devices)
 
