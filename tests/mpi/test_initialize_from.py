@@ -58,7 +58,10 @@ def test_what_does_not_fit_is_named_and_begins_as_without_the_file(run_ranks, tm
     ("tensors", "message"),
     [
         (None, "is no file"),
-        ({"encoder.weight": np.ones((2, 2), np.float32)}, "nothing fits the model: the file holds encoder.weight"),
+        (
+            {"encoder.weight": np.ones((2, 2), np.float32)},
+            "the file holds encoder.weight: names and shapes must be the same",
+        ),
         ({"0.dense.bias": np.full(8, np.inf, np.float32)}, "0.dense.bias holds a value that is not a finite float32"),
     ],
 )

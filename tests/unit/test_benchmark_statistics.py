@@ -123,10 +123,17 @@ def test_what_a_case_puts_out_is_what_chance_is_reckoned_by() -> None:
 
 
 @pytest.mark.parametrize("field", STATED)
-@pytest.mark.parametrize("value", [None, 0, -1.0, math.nan, "fast"])
+@pytest.mark.parametrize("value", [None, -1.0, math.nan, "fast"])
 def test_a_run_that_does_not_state_a_figure_is_refused(field: str, value: object) -> None:
     with pytest.raises(BenchmarkFailed, match=field):
         read_measurement(STATED | {field: value}, classes=10)
+
+
+@pytest.mark.parametrize("field", sorted(STATED.keys() - {"train_loss"}))
+def test_only_the_loss_of_a_run_can_be_zero(field: str) -> None:
+    assert read_measurement(STATED | {"train_loss": 0.0}, classes=10).train_loss == 0
+    with pytest.raises(BenchmarkFailed, match=field):
+        read_measurement(STATED | {field: 0}, classes=10)
 
 
 def test_a_run_that_did_not_learn_is_refused() -> None:
