@@ -17,7 +17,7 @@ from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
-from worker.errors import DataFault
+from worker.errors import DataFault, UsageFault
 from worker.metrics import MetricSums
 
 
@@ -76,8 +76,14 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
 
     Raises:
         ModelFault: naming a layer that so few samples cannot train.
+        UsageFault: there are local steps, and ranks that would have nothing to take them on.
     """
     samples = len(prepared.train)
     batch = min(job.training.batch_size or samples, samples)
+    if job.sync.HasField("local") and batch < world_size:
+        raise UsageFault(
+            f"sync.local: a batch of {batch} leaves some of the {world_size} ranks without a sample to take their own "
+            "steps on; raise training.batch_size or take fewer workers"
+        )
     share = -(-batch // world_size)
     prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)

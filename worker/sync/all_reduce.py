@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -61,7 +61,8 @@ class AllReduceExchange:
         total_count: int,
         clip_norm: float = 0.0,
     ) -> None:
-        self.note = _leave_shared_memory_if_short(world, parameter_count, total_count)
+        shortage = _leave_shared_memory_if_short(world, parameter_count, total_count)
+        self.note = f"shared memory is not used: {shortage}" if shortage else None
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -152,6 +153,14 @@ class AllReduceExchange:
             statistics.received("shared_memory", own_bytes * (node.size - 1))
             statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
         self.totals[:] = self._node_totals
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
+
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: none."""
+        return {}
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
