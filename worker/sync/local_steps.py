@@ -66,6 +66,7 @@ class LocalStepsExchange:
         self.replicas = len(sizes)
         slices = min(sizes.values())
         self._slices = slice_bounds(parameter_count, slices)
+        # One replica that averages with nobody has no meetings: every step is known to all.
         self._moves = self.replicas > 1 or not options.outer.HasField("average")
         owns_slice = self._moves and replica.rank < slices
         self._bounds = self._slices[replica.rank] if owns_slice else (0, 0)
@@ -83,13 +84,10 @@ class LocalStepsExchange:
         self._carried = np.zeros(carried)  # of this replica since the last meeting
         self._steps, self._own_samples, self._samples = 0, 0, 0  # since the last meeting
         self._own_of_epoch, self._samples_of_epoch = 0, 0
+        self._last_step = 0, 0.0  # its number and its learning rate
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
-        """Turn the gradients of this replica into its new `parameters`; `samples` are those of the whole batch.
-
-        Raises:
-            ReplicaFault: on this replica's first rank, when its loss is not finite; the other replicas know nothing.
-        """
+        """Turn the gradients of this replica into its new `parameters`; `samples` are those of the whole batch."""
         size = self._world.size
         own = sum(stop - start for start, stop in (share(0, samples, rank, size) for rank in self._ranks))
         if own:
@@ -97,17 +95,18 @@ class LocalStepsExchange:
         self._carried += self.totals[: len(self._carried)]
         self._steps += 1
         self._own_samples, self._samples = self._own_samples + own, self._samples + samples
-        loss = self._carried[0]
-        if self.replicas > 1 and self._replica.rank == 0 and not math.isfinite(loss):
-            whose = f"ranks {self._ranks[0]} to {self._ranks[-1]}" if len(self._ranks) > 1 else "this rank"
-            raise ReplicaFault(
-                f"step {step}: the loss of {whose} is {loss:g} before the next meeting; lower the learning rate "
-                f"({learning_rate:g}), scale the features or meet more often (sync.local.steps: {self._options.steps})"
-            )
+        self._last_step = step, learning_rate
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange; `model_state` becomes its mean over the replicas."""
+        """As in Exchange; `model_state` becomes its mean over the replicas.
+
+        Raises:
+            ReplicaFault: on this replica's first rank, when its loss is not finite and the next meeting is yet to come.
+        """
+        if not self._moves:
+            return samples
         if self._steps < self._options.steps and not ends_epoch:
+            self._check_loss()
             return 0
         began, updating = perf_counter(), self.statistics.update_seconds
         weight = self._own_samples / self._samples
@@ -180,6 +179,17 @@ class LocalStepsExchange:
             "nobody to meet; `replica: rank` makes each of them one"
         )
 
+    def _check_loss(self) -> None:
+        if self._replica.rank != 0 or math.isfinite(self._carried[0]):
+            return
+        step, learning_rate = self._last_step
+        whose = f"ranks {self._ranks[0]} to {self._ranks[-1]}" if len(self._ranks) > 1 else "this rank"
+        raise ReplicaFault(
+            f"step {step}: the loss of {whose} is {self._carried[0]:g} before the next meeting; lower the learning "
+            f"rate ({learning_rate:g}), scale the features or meet more often "
+            f"(sync.local.steps: {self._options.steps})"
+        )
+
     def _add_up(self, model_state: np.ndarray, weight: float) -> None:
         """The replicas' totals and the mean of their running statistics: one rank of each speaks, all learn them."""
         carried = len(self._carried)
@@ -198,8 +208,6 @@ class LocalStepsExchange:
 
     def _move(self, weight: float) -> None:
         """The outer step: D -> new common weights, on every replica."""
-        if not self._moves:
-            return
         own, common, change = self.parameters[slice(*self._bounds)], self._common, self._change
         np.subtract(common, own, out=change)
         self._sum_over_replicas(change, weight)
