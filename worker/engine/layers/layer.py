@@ -60,7 +60,10 @@ class Layer(Protocol):
         """Write (not add) the gradients of the parameters, summed over the batch, given dy = dL/dy."""
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
-        """dL/dx (n, *input_shape) given dy = dL/dy (n, *output_shape), which may be written over."""
+        """dL/dx (n, *input_shape) given dy = dL/dy (n, *output_shape), which may be written over.
+
+        Comes after `backward_parameters` of the same dy where the layer has parameters.
+        """
 
 
 @runtime_checkable
