@@ -19,11 +19,19 @@ def replicas(ranks: int, ranks_per_node: int) -> list[list[int]]:
     return [list(range(ranks))[first : first + ranks_per_node] for first in range(0, ranks, ranks_per_node)]
 
 
-def run(run_ranks, tmp_path, ranks: int, ranks_per_node: int, settings: dict) -> dict[str, np.ndarray]:
+def run_all(run_ranks, tmp_path, ranks: int, ranks_per_node: int, runs: list[dict]) -> list[dict[str, np.ndarray]]:
     output = tmp_path / "out.npz"
-    done = run_ranks(ranks, [PROGRAM, output, ranks_per_node, json.dumps(settings)])
+    done = run_ranks(ranks, [PROGRAM, output, ranks_per_node, json.dumps(runs)])
     assert done.returncode == 0, done.stderr
-    return dict(np.load(output)) | {"said": done.stdout}
+    results: list[dict[str, np.ndarray]] = [{} for _ in runs]
+    for name, array in np.load(output).items():
+        number, _, name = name.partition(".")
+        results[int(number)][name] = array
+    return results
+
+
+def run(run_ranks, tmp_path, ranks: int, ranks_per_node: int, settings: dict) -> dict[str, np.ndarray]:
+    return run_all(run_ranks, tmp_path, ranks, ranks_per_node, [settings])[0]
 
 
 @pytest.mark.parametrize("outer", [{"average": {}}, {"sgd": {"learning_rate": 0.5}}, NESTEROV])
@@ -46,7 +54,7 @@ def test_inner_momentum_stays_local_until_an_epoch_ends_with_and_without_shared_
     result = run(run_ranks, tmp_path, 3, 2, settings)
     reference = local_reference.train(replicas(3, 2), settings, momentum=0.7)
     np.testing.assert_allclose(result["parameters"], reference, rtol=0, atol=3e-6)
-    assert ("shared memory is not used" in result["said"]) == short
+    assert ("shared memory is not used" in str(result["note"])) == short
     assert result["outer.velocity"].shape == result["velocity"].shape == (COUNT,)
 
 
@@ -62,8 +70,31 @@ def test_meeting_in_every_step_to_average_is_the_all_reduce(run_ranks, tmp_path,
 
 
 def test_what_travels_falls_with_the_steps_between_meetings(run_ranks, tmp_path) -> None:
-    sent = {}
-    for steps in (1, 4, 12):
-        settings = {"outer": NESTEROV, "steps": steps, "epochs": 1, "batches": [4] * 24}
-        sent[steps] = int(run(run_ranks, tmp_path, 2, 1, settings)["sent"])
-    assert sent == {1: 24 * 4 * COUNT, 4: 6 * 4 * COUNT, 12: 2 * 4 * COUNT}
+    runs = [{"outer": NESTEROV, "steps": steps, "epochs": 1, "batches": [4] * 24} for steps in (1, 4, 12)]
+    results = run_all(run_ranks, tmp_path, 2, 1, runs)
+    assert [int(result["sent"]) for result in results] == [meetings * 4 * COUNT for meetings in (24, 6, 2)]
+
+
+@pytest.mark.parametrize(("ranks", "ranks_per_node"), [(5, 2), (4, 3)])
+def test_whatever_the_batches_and_the_steps_it_is_what_the_reference_does(run_ranks, tmp_path, ranks, ranks_per_node):
+    random = np.random.default_rng(ranks)
+    runs, momenta = [], []
+    for _ in range(12):
+        momenta.append(float(random.choice([0, 0.5, 0.9])))
+        rate = float(random.uniform(0.3, 1.2))
+        outers = [{"average": {}}, {"sgd": {"learning_rate": rate}}, {"nesterov": {"learning_rate": rate}}]
+        runs.append(
+            {
+                "outer": outers[random.integers(3)],
+                "steps": int(random.integers(1, 6)),
+                "epochs": 2,
+                "batches": random.integers(1, 3 * ranks, random.integers(1, 10)).tolist(),
+                "optimizer": {"momentum": {"momentum": momenta[-1]}},
+                "short": bool(random.integers(2)),
+            }
+        )
+    results = run_all(run_ranks, tmp_path, ranks, ranks_per_node, runs)
+    for settings, momentum, result in zip(runs, momenta, results, strict=True):
+        reference = local_reference.train(replicas(ranks, ranks_per_node), settings, momentum)
+        np.testing.assert_allclose(result["parameters"], reference, rtol=0, atol=5e-6, err_msg=str(settings))
+        assert sum(result["counted"]) == 2 * sum(settings["batches"])
