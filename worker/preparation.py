@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from protos import job_pb2
 from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
+from worker.data.sharding import steps_per_epoch
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
 from worker.data.tokens import check_tokens
@@ -87,3 +88,16 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
         )
     share = -(-batch // world_size)
     prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)
+
+
+def remark(prepared: Prepared, job: job_pb2.JobSpec) -> str | None:
+    """What a person should know of a job that can run, though perhaps not as it was meant."""
+    if not job.sync.HasField("local"):
+        return None
+    steps = steps_per_epoch(len(prepared.train), job.training.batch_size)
+    if job.sync.local.steps <= steps:
+        return None
+    return (
+        f"sync.local.steps: {job.sync.local.steps} is more than the {steps} of an epoch, whose end is a meeting too: "
+        f"replicas meet every {steps}"
+    )

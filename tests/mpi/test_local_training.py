@@ -152,6 +152,16 @@ def test_a_divergence_seen_at_a_meeting_is_everybodys(run_ranks, data, tmp_path,
     assert "step 2 (epoch 1): the loss is" in errors[0]
 
 
+def test_more_steps_than_an_epoch_has_are_remarked_on(run_ranks, data, tmp_path) -> None:
+    job = local_job(tmp_path, data, {"local": {"steps": 6, "replica": "rank"}}, training={"epochs": 2})
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("sync.local.steps: 6 is more than the 5 of an epoch") == 1
+    assert summary(tmp_path / "out")["exchange"]["meetings"] == 2
+    fewer = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "two", "--set", "sync.local.steps=5"])
+    assert "sync.local.steps" not in fewer.stdout
+
+
 def test_a_batch_with_fewer_samples_than_ranks_is_refused_before_anything_is_written(run_ranks, data, tmp_path) -> None:
     job = local_job(tmp_path, data, {"local": {"replica": "rank"}}, training={"batch_size": 2})
     done = run_ranks(3, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
