@@ -78,9 +78,10 @@ def run_job(
     )
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
-    for remarked in (exchange.note, remark(prepared, job)):
-        if remarked:
-            say(remarked)
+    if exchange.note:
+        say(exchange.note)
+    if remarkable := remark(prepared, job):
+        say(remarkable)
 
     best = None
     if job.training.keep_best:

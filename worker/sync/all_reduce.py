@@ -154,13 +154,13 @@ class AllReduceExchange:
             statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
         self.totals[:] = self._node_totals
 
-    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step."""
-        return samples
-
     def facts(self) -> dict[str, Any]:
         """As in Exchange: none."""
         return {}
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.

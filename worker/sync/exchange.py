@@ -53,10 +53,13 @@ class Exchange(Protocol):
     # TOTALS, then the sums of layers with state: this rank's before step, all ranks' after.
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
-    note: str | None  # something a person should know, such as a fallback
+    note: str | None  # lines a person should know, such as a fallback
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of this exchange under `exchange`; may be empty."""
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
         """Behind a step and the model's new state: bring all ranks to the same weights and state, where that is due.
@@ -69,9 +72,6 @@ class Exchange(Protocol):
             Of how many samples `totals` now hold the sums, over all ranks and every step since it was last due; 0 where
             it was not, and what is collective over all ranks must wait.
         """
-
-    def facts(self) -> dict[str, Any]:
-        """What summary.json says of this exchange under `exchange`; may be empty."""
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
@@ -183,13 +183,13 @@ class ServerExchange:
         statistics.sent_bytes["grpc"] = self._worker.sent_bytes
         statistics.received_bytes["grpc"] = self._worker.received_bytes
 
-    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step."""
-        return samples
-
     def facts(self) -> dict[str, Any]:
         """As in Exchange: none."""
         return {}
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""

@@ -78,7 +78,7 @@ class LocalStepsExchange:
         self._outer_state = self._outer.init(own, np.float32)
         self._common = np.zeros(own, np.float32)  # this rank's slice of the weights after the last meeting
         self._change = np.zeros(own, np.float32)
-        self.note = "; ".join(line for line in (inner.note, self._why_alone()) if line) or None
+        self.note = "\n".join(line for line in (inner.note, self._why_alone()) if line) or None
 
         self.meetings, self._sent_bytes = 0, 0
         self._carried = np.zeros(carried)  # of this replica since the last meeting
