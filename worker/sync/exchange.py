@@ -20,6 +20,7 @@ import numpy as np
 from protos import environment, job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
+from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
@@ -54,6 +55,7 @@ class Exchange(Protocol):
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
+    finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
@@ -110,7 +112,10 @@ def open_exchange(
             clip_norm=job.training.clip_norm,
         )
     else:
-        exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+        exchange = AllReduceExchange(
+            *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+            shared_memory=job.sync.all_reduce.shared_memory,
+        )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -165,6 +170,7 @@ class ServerExchange:
     """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
 
     note: str | None = None
+    finished: Finished | None = None
 
     def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
         self.parameters, self.gradient, self.totals = model_vectors

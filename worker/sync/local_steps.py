@@ -55,7 +55,11 @@ class LocalStepsExchange:
         group = world.comm.Split(world.rank, 0) if options.replica == "rank" else world.node_comm
         self._world = world
         self._replica = replica = world.part(group)
-        self._inner = inner = AllReduceExchange(replica, optimizer, parameter_count, decayed, total_count, clip_norm)
+        # No overlap: whether a replica takes part in a step is known when the step comes.
+        self._inner = inner = AllReduceExchange(
+            *(replica, optimizer, parameter_count, decayed, total_count, clip_norm), overlap=False
+        )
+        self.finished = inner.finished
         self.parameters, self.gradient, self.totals = inner.parameters, inner.gradient, inner.totals
         self.node, self.statistics, self.state = inner.node, inner.statistics, inner.state
 
@@ -126,7 +130,7 @@ class LocalStepsExchange:
 
     def facts(self) -> dict[str, Any]:
         """As in Exchange: since the attempt began; bytes are those one replica sent to the others."""
-        return {"replicas": self.replicas, "meetings": self.meetings, "replica_sent_bytes": self._sent_bytes}
+        return self._inner.facts() | {"replicas": self.replicas, "meetings": self.meetings, "replica_sent_bytes": self._sent_bytes}
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """Both optimizers' arrays over the whole vector, on rank 0, behind the end of an epoch. Collective."""
