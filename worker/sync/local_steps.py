@@ -130,7 +130,11 @@ class LocalStepsExchange:
 
     def facts(self) -> dict[str, Any]:
         """As in Exchange: since the attempt began; bytes are those one replica sent to the others."""
-        return self._inner.facts() | {"replicas": self.replicas, "meetings": self.meetings, "replica_sent_bytes": self._sent_bytes}
+        return self._inner.facts() | {
+            "replicas": self.replicas,
+            "meetings": self.meetings,
+            "replica_sent_bytes": self._sent_bytes,
+        }
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """Both optimizers' arrays over the whole vector, on rank 0, behind the end of an epoch. Collective."""
