@@ -10,7 +10,7 @@ PIP_INSTALL := install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oracle check bench bench-quality clean
+.PHONY: help demo test test-oracle check bench bench-quality bench-network clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -36,6 +36,9 @@ bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, sci
 
 bench-quality: $(VENV)/installed $(PEERS)/installed  ## what training reaches beside PyTorch DDP, and when; BENCH_OPTIONS as above
 	@$(BIN)/python -m tests.benchmarks.quality --peers $(PEERS) $(BENCH_OPTIONS)
+
+bench-network: $(VENV)/installed  ## what each way to exchange costs on a slow network: hosts of namespaces, as root; BENCH_OPTIONS as above
+	@$(BIN)/python -m tests.benchmarks.slow_network $(BENCH_OPTIONS)
 
 clean:  ## remove the environments and what the build generated
 	rm -rf $(VENV) $(PEERS) build dist protos/*_pb2.py protos/*_pb2.pyi protos/*_pb2_grpc.py

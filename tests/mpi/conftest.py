@@ -1,32 +1,16 @@
 """Starts programs under a real mpirun; what a test gets back is what a user would see."""
 
 import os
-import shutil
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 
 import pytest
 
-PROJECT = Path(__file__).parents[2]
-ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm,tcp",
-    "OMPI_MCA_osc": "^ucx",
-    "OMPI_MCA_mpi_yield_when_idle": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-}
+from tests.mpi.mpirun import ENVIRONMENT, PROJECT, find_mpirun
 
 RunRanks = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def find_mpirun() -> str | None:
-    beside = Path(sys.executable).with_name("mpirun")
-    return str(beside) if beside.exists() else shutil.which("mpirun")
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
-from tests.mpi.conftest import ENVIRONMENT, PROJECT, find_mpirun
+from tests.mpi.mpirun import ENVIRONMENT, PROJECT, find_mpirun
 
 INSTALL = "apt-get install openssh-server openssh-client iproute2"
 COMMAND_SECONDS = 10.0
