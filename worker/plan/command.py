@@ -79,7 +79,7 @@ def plan(job: job_pb2.JobSpec, cluster: Cluster, measured: Path | None, as_json:
             f"--nodes: {cluster.nodes} nodes have {cluster.ranks} ranks and a step {work.batch_size} samples; "
             "take fewer, or raise training.batch_size"
         )
-    wires, unknown = measure_formats(work.parameters)
+    wires, unknown = measure_formats(job, work.parameters)
     predictions = [
         predict(machine, work, cluster, choice, PRACTICE) for choice in offers(job.sync, cluster.nodes, wires)
     ]

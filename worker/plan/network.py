@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Final, NamedTuple
 
+from worker.plan.choices import WireFormat
 from worker.plan.machine import FLOAT32_BYTES, Machine, Ready
 
 # TCP's payload in an Ethernet frame of 1500 bytes with its preamble and gap: 1448 of 1538.
@@ -106,6 +107,28 @@ def all_reduce(machine: Machine, cluster: Cluster, size: float) -> Cost:
         max(on_link, in_rank) + chosen.summed * size / slices * machine.sum_each,
         chosen.messages * (machine.mpi.fixed + cluster.latency_seconds),
         chosen.path * size,
+    )
+
+
+def coded_all_reduce(machine: Machine, cluster: Cluster, elements: float, wire: WireFormat) -> Cost:
+    """Of a vector in a wire format.
+
+    Where sums code well, each of P nodes owns a part: coded parts go to their owners and coded sums come back, which is
+    2 (P-1)/P of the vector, and as much to decode. Where not, every node sends all to every other: P - 1 vectors.
+    """
+    if cluster.nodes == 1:
+        return NOTHING
+    others = cluster.nodes - 1
+    rounds, share = (2, 2 * others / cluster.nodes) if wire.sums_well else (1, float(others))
+    slices = cluster.ranks_per_node
+    sent = share * wire.bytes_per_element * elements
+    on_link = sent * cluster.seconds_per_byte * (cluster.nodes if cluster.shared_link else 1)
+    coding = (wire.encode_each + share * wire.decode_each) * elements / slices
+    summed = share / rounds * FLOAT32_BYTES * elements / slices * machine.sum_each
+    return Cost(
+        max(on_link, sent / slices * machine.mpi.each) + coding + summed,
+        rounds * (cluster.latency_seconds + others * machine.mpi.fixed),
+        sent,
     )
 
 

@@ -13,7 +13,8 @@ from google.protobuf.message import Message
 
 from protos import job_pb2
 from protos.rules import rule_of, schema_of
-from worker.plan.prediction import FLOAT32, Choice, Practice, WireFormat
+from worker.plan.choices import FLOAT32, Choice, WireFormat
+from worker.plan.prediction import Practice
 
 # How worker/sync goes about it: the gradient travels when backward has ended, every rank pushes for itself, and rank 0
 # starts the server beside it.
@@ -39,7 +40,7 @@ def offers(sync: job_pb2.Sync, nodes: int, wires: Sequence[WireFormat]) -> list[
     }
     for kind, settings in exchanges.items():
         if _takes_formats(settings):
-            choices += [Choice(kind, wire) for wire in wires if kind in wire.kinds]
+            choices += [Choice(kind, wire) for wire in wires]
     choices.sort(key=lambda choice: choice.change)
     if nodes > 1 and "local" in schema_of(sync).fields_by_name:
         choices += [Choice("local", steps=steps) for steps in LOCAL_STEPS]

@@ -6,59 +6,14 @@ coding, as far as they do not hide behind backward; waiting is latency, and the 
 
 from __future__ import annotations
 
-from enum import IntEnum
 from typing import Final, NamedTuple
 
-from worker.plan.machine import FLOAT32_BYTES, Machine, Workload
-from worker.plan.network import NOTHING, Cluster, Cost, all_reduce, behind_backward
+from worker.plan.choices import FLOAT32, Change, Choice
+from worker.plan.machine import Machine, Workload
+from worker.plan.network import NOTHING, Cluster, Cost, all_reduce, behind_backward, coded_all_reduce
 from worker.wire import CHUNK_ELEMENTS
 
 TOTALS_BYTES: Final = 32  # loss, correct answers and their kin: an all-reduce of their own at each step
-
-
-class Change(IntEnum):
-    """What a choice does to the result."""
-
-    NOTHING = 0  # the weights are those of one rank
-    ROUNDING = 1  # less is sent than was computed; what was left out is sent later
-    COURSE = 2  # the ranks train apart for some steps: another path through the weights
-
-
-class WireFormat(NamedTuple):
-    """How a vector travels."""
-
-    name: str
-    bytes_per_element: float
-    coding_each: float  # seconds to encode an element and to decode one
-    change: Change
-    kinds: tuple[str, ...] = ("all_reduce", "parameter_server")  # of exchanges that can send it
-
-
-FLOAT32: Final = WireFormat("float32", float(FLOAT32_BYTES), 0.0, Change.NOTHING)
-
-
-class Choice(NamedTuple):
-    """A way of exchanging."""
-
-    kind: str  # all_reduce, parameter_server or local
-    wire: WireFormat = FLOAT32
-    servers: int = 1  # shards of the parameter server
-    steps: int = 1  # between two exchanges
-
-    @property
-    def change(self) -> Change:
-        """What it does to the result."""
-        return Change.COURSE if self.kind == "local" else self.wire.change
-
-    @property
-    def name(self) -> str:
-        """For a table."""
-        if self.kind == "local":
-            return f"local steps of {self.steps}"
-        name = "all-reduce" if self.kind == "all_reduce" else "parameter server"
-        if self.servers > 1:
-            name += f", {self.servers} shards"
-        return name if self.wire == FLOAT32 else f"{name}, {self.wire.name}"
 
 
 class Practice(NamedTuple):
@@ -111,7 +66,7 @@ def predict(machine: Machine, work: Workload, cluster: Cluster, choice: Choice, 
             memory,
         )
     totals = all_reduce(machine, cluster, TOTALS_BYTES)
-    between = _all_reduce(machine, work, cluster, choice.wire, practice, gradient_seconds)
+    between = _all_reduce(machine, work, cluster, choice, practice, gradient_seconds)
     return Prediction(
         choice,
         gradient_seconds + update_seconds,
@@ -136,16 +91,15 @@ def _gradient_seconds(machine: Machine, work: Workload, cluster: Cluster) -> flo
 
 
 def _all_reduce(
-    machine: Machine, work: Workload, cluster: Cluster, wire: WireFormat, practice: Practice, gradient_seconds: float
+    machine: Machine, work: Workload, cluster: Cluster, choice: Choice, practice: Practice, gradient_seconds: float
 ) -> Cost:
     if cluster.nodes == 1:
         return NOTHING
+    if choice.wire != FLOAT32:
+        return coded_all_reduce(machine, cluster, work.parameters, choice.wire)
 
     def cost(size: float) -> Cost:
-        sent = all_reduce(machine, cluster, size * wire.bytes_per_element / FLOAT32_BYTES)
-        # A coded vector is coded once for the sum of its parts and once for what comes of it.
-        coding = 2 * wire.coding_each * size / FLOAT32_BYTES / cluster.ranks_per_node
-        return sent._replace(transfer_seconds=sent.transfer_seconds + coding)
+        return all_reduce(machine, cluster, size)
 
     if practice.bucket_bytes is None or not machine.ready:
         return cost(work.gradient_bytes)
@@ -176,8 +130,10 @@ def _push_and_pull(
     def in_server(workers: float) -> float:
         return workers * work.gradient_bytes / choice.servers * machine.grpc.each
 
-    coding = 2 * choice.wire.coding_each * work.parameters
     everyone = cluster.nodes * pushes
+    # A worker encodes its push and decodes the answer; the server decodes everyone's.
+    wire, decoded = choice.wire, everyone / choice.servers + 1
+    coding = (wire.encode_each + wire.decode_each * decoded) * work.parameters
     whole = max(on_link(loads * hosts if cluster.shared_link else loads), in_server(everyone))
     alone = max(on_link(pushes), in_server(pushes)) if cluster.nodes > 1 else whole
     latency = machine.grpc.fixed + (2 * cluster.latency_seconds if cluster.nodes > 1 else 0.0)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Final, NamedTuple
 
-from worker.plan.prediction import Change, Prediction
+from worker.plan.choices import Change
+from worker.plan.prediction import Prediction
 
 TOLERANCE: Final = 1.10
 MOSTLY: Final = 0.5  # of a step

@@ -10,10 +10,11 @@ import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from worker.plan.choices import Choice
 from worker.plan.machine import Machine, Workload
 from worker.plan.network import Cluster
 from worker.plan.offers import as_sync
-from worker.plan.prediction import Choice, Prediction
+from worker.plan.prediction import Prediction
 from worker.plan.recommendation import Recommendation
 from worker.plan.units import bandwidth_text, bytes_text, seconds_text
 

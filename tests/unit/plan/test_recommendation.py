@@ -6,10 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from worker.plan.prediction import Change, Choice, Prediction, WireFormat
+from worker.plan.choices import Choice, WireFormat
+from worker.plan.prediction import Prediction
 from worker.plan.recommendation import TOLERANCE, recommend
 
-INT8 = WireFormat("int8", 1.0, 0.0, Change.ROUNDING)
+INT8 = WireFormat("int8", 1.0, 0.0, 0.0, sums_well=True)
 PLAIN, SERVER = Choice("all_reduce"), Choice("parameter_server")
 CODED, LOCAL = Choice("all_reduce", INT8), Choice("local", steps=8)
 ALONE = Prediction(PLAIN, 10.0, 0.0, 0.0, 0.0, 0.0)
