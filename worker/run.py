@@ -79,7 +79,7 @@ def run_job(
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
-        say(f"shared memory is not used: {exchange.note}")
+        say(exchange.note)
 
     best = None
     if job.training.keep_best:
@@ -116,6 +116,8 @@ def run_job(
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
             if initial is not None:
                 summary["initialized"] = initial.summary()
+            if facts := exchange.facts():
+                summary["exchange"] = facts
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.

@@ -20,6 +20,7 @@ import numpy as np
 from protos import environment, job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
+from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
@@ -52,10 +53,14 @@ class Exchange(Protocol):
     # TOTALS, then the sums of layers with state: this rank's before step, all ranks' after.
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
-    note: str | None  # something a person should know, such as a fallback
+    note: str | None  # lines a person should know, such as a fallback
+    finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of this exchange under `exchange`; may be empty."""
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
@@ -87,7 +92,10 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+    exchange = AllReduceExchange(
+        *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+        shared_memory=job.sync.all_reduce.shared_memory,
+    )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -140,6 +148,7 @@ class ServerExchange:
     """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
 
     note: str | None = None
+    finished: Finished | None = None
 
     def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
         self.parameters, self.gradient, self.totals = model_vectors
@@ -157,6 +166,10 @@ class ServerExchange:
         statistics.wait_seconds = self._worker.wait_seconds
         statistics.sent_bytes["grpc"] = self._worker.sent_bytes
         statistics.received_bytes["grpc"] = self._worker.received_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: none."""
+        return {}
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""
