@@ -15,7 +15,7 @@ import os
 import secrets
 import statistics
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from time import perf_counter
 from typing import Final
@@ -29,7 +29,6 @@ from worker.data.ahead import open_reader
 from worker.data.sharding import sample_order
 from worker.data.stores import fetch_all
 from worker.engine.layers.layer import Moment
-from worker.engine.model import Model
 from worker.optimizers import CHUNK_ELEMENTS
 from worker.plan.machine import Line, Machine, Ready, Workload, fit_line
 from worker.preparation import Prepared, check_shares, prepare
@@ -59,14 +58,14 @@ def measure(job: job_pb2.JobSpec, nodes: int, ranks_per_node: int) -> tuple[Mach
     link = measure_across()
     # What MPI adds to a rank, seen on one that holds no data, and what the data adds, seen here.
     base_bytes = resident_bytes() + max(0, link["memory_bytes"] - bare_bytes)
-    compute, backward_share = _measure_compute(job, prepared, work, nodes, ranks_per_node)
+    compute, backward_share, ready = _measure_compute(job, prepared, work, nodes, ranks_per_node)
     cores = len(os.sched_getaffinity(0))
     machine = Machine(
         cores=cores,
         threads=int(os.environ.get("OPENBLAS_NUM_THREADS", "1")),
         compute=compute,
         backward_share=backward_share,
-        ready=finished_runs(prepared.model),
+        ready=ready,
         update_each=_measure_update(job, work),
         sum_each=_measure_sum(work),
         fence_seconds=measure_within(ranks_per_node) if ranks_per_node > 1 else 0.0,
@@ -98,32 +97,24 @@ def shares_to_measure(batch_size: int, nodes: int, ranks_per_node: int) -> list[
     return sorted({smallest, between, largest, -(-batch_size // (ranks_per_node * nodes))})
 
 
-def finished_runs(model: Model) -> tuple[Ready, ...]:
-    """When in the backward pass each layer's gradient is finished, from the last layer to the first.
+def runs_of(finished: Sequence[tuple[int, float]], parameters: int) -> tuple[Ready, ...]:
+    """The runs of the gradient in the order in which a backward pass finishes them.
 
-    By multiply-adds: a layer's parameters act at every position of its output, once for their gradient and once for the
-    delta of the layer before, which nobody asks of the first.
+    Args:
+        finished: from which element on the gradient was finished, and when, in parts of the pass.
     """
-    elements: dict[str, int] = {}
-    for slot in model.slots:
-        place = ".".join(slot.name.split(".")[:2])
-        elements[place] = elements.get(place, 0) + slot.size
-    work = {}
-    for index, placed in enumerate(layer for layer in model.layers if layer.place in elements):
-        positions = max(1, math.prod(placed.layer.output_shape[:-1]))
-        work[placed.place] = elements[placed.place] * positions * (2 if index else 1)
-    whole, done = sum(work.values()), 0
-    runs = []
-    for place in reversed(work):
-        done += work[place]
-        runs.append(Ready(elements[place], done / whole))
+    runs, behind = [], parameters
+    for first, moment in finished:
+        if first < behind:
+            runs.append(Ready(behind - first, min(1.0, moment)))
+            behind = first
     return tuple(runs)
 
 
 def _measure_compute(
     job: job_pb2.JobSpec, prepared: Prepared, work: Workload, nodes: int, ranks_per_node: int
-) -> tuple[Line, float]:
-    """Seconds of a piece over its samples, and the part of them that is backward."""
+) -> tuple[Line, float, tuple[Ready, ...]]:
+    """Seconds of a piece over its samples, the part of them that is backward, and what that finishes when."""
     model = prepared.model
     shares = shares_to_measure(work.batch_size, nodes, ranks_per_node)
     pieces = sorted({min(share, work.micro_batch or share) for share in shares})
@@ -137,21 +128,25 @@ def _measure_compute(
     step = 0
     with np.errstate(over="ignore", invalid="ignore"):
         for samples in pieces:
-            whole, backward = [], []
+            whole, backward, passes = [], [], []
             for _ in _repetitions(COMPUTE_SECONDS / len(pieces)):
                 step += 1
                 began = perf_counter()
                 features, targets = reader.take(order[:samples])
                 model.forward(features, targets, Moment(job.training.seed, step, 0))
                 turned = perf_counter()
-                model.backward()
+                told: list[tuple[int, float]] = []
+                model.backward(lambda first, told=told: told.append((first, perf_counter())))  # type: ignore[misc]
                 ended = perf_counter()
+                passes.append([(first, (when - turned) / (ended - turned)) for first, when in told])
                 whole.append(ended - began)
                 backward.append(ended - turned)
             medians.append(statistics.median(whole))
             backward_shares.append(statistics.median(backward) / medians[-1])
     reader.close()
-    return fit_line(pieces, medians), min(1.0, statistics.median(backward_shares))
+    # Of the largest piece, the pass in the middle: what it finished first is a thing of moments.
+    middle = sorted(passes, key=lambda finished: finished[0][1])[len(passes) // 2]
+    return fit_line(pieces, medians), min(1.0, statistics.median(backward_shares)), runs_of(middle, work.parameters)
 
 
 def _measure_update(job: job_pb2.JobSpec, work: Workload) -> float:

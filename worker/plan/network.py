@@ -13,6 +13,7 @@ from typing import Final, NamedTuple
 
 from worker.plan.choices import WireFormat
 from worker.plan.machine import FLOAT32_BYTES, Machine, Ready
+from worker.sync.bucket_size import AT_ONCE, best_size, measured_seconds
 
 # TCP's payload in an Ethernet frame of 1500 bytes with its preamble and gap: 1448 of 1538.
 PAYLOAD_SHARE: Final = 1448 / 1538
@@ -97,17 +98,7 @@ def collective(processes: int, size: float) -> Collective:
 
 def all_reduce(machine: Machine, cluster: Cluster, size: float) -> Cost:
     """Of a vector of `size` bytes between nodes: each rank of a node exchanges a slice, and they share the link."""
-    if cluster.nodes == 1:
-        return NOTHING
-    slices = cluster.ranks_per_node
-    chosen = collective(cluster.nodes, size / slices)
-    on_link = (chosen.sent if cluster.shared_link else chosen.path) * size * cluster.seconds_per_byte
-    in_rank = chosen.path * size / slices * machine.mpi.each
-    return Cost(
-        max(on_link, in_rank) + chosen.summed * size / slices * machine.sum_each,
-        chosen.messages * (machine.mpi.fixed + cluster.latency_seconds),
-        chosen.path * size,
-    )
+    return _cost(machine, cluster, size, collective(cluster.nodes, size / cluster.ranks_per_node))
 
 
 def coded_all_reduce(machine: Machine, cluster: Cluster, elements: float, wire: WireFormat) -> Cost:
@@ -132,15 +123,34 @@ def coded_all_reduce(machine: Machine, cluster: Cluster, elements: float, wire: 
     )
 
 
+def bucket_bytes(machine: Machine, cluster: Cluster, size: float) -> float:
+    """What a run would find best for a vector of `size` bytes: its own measurement, on the modelled network."""
+    slice_bytes = math.ceil(size / cluster.ranks_per_node)
+
+    def seconds_of(bucket: int) -> float:
+        return _bucket(machine, cluster, AT_ONCE * bucket * cluster.ranks_per_node).seconds
+
+    return best_size(measured_seconds(seconds_of, slice_bytes), slice_bytes) * cluster.ranks_per_node
+
+
+def all_reduce_in_buckets(machine: Machine, cluster: Cluster, size: float, backward_seconds: float) -> Cost:
+    """Of a vector whose finished parts travel while backward runs: what is left to wait for behind it."""
+    if cluster.nodes == 1:
+        return NOTHING
+    largest = bucket_bytes(machine, cluster, size)
+    return behind_backward(machine.ready, backward_seconds, largest, lambda part: _bucket(machine, cluster, part))
+
+
 def behind_backward(
     ready: Sequence[Ready], backward_seconds: float, bucket_bytes: float, cost: Callable[[float], Cost]
 ) -> Cost:
-    """What is left to wait for after backward when finished buckets travel while it runs, one after another.
+    """What is left of the exchange when backward has ended.
 
     The gradient is finished from the vector's end to its front. A bucket leaves when it is full, or at the end: so the
-    front of the vector, the first layer, always travels in the open.
+    front of the vector, the first layer, always travels in the open. Buckets share the link, and only the last one's
+    latency is waited for.
     """
-    free, travelling, latencies, sent, held = 0.0, 0.0, 0.0, 0.0, 0.0
+    free, latency, sent, held = 0.0, 0.0, 0.0, 0.0
     last = len(ready) - 1
     for index, part in enumerate(ready):
         held += FLOAT32_BYTES * part.elements
@@ -149,16 +159,29 @@ def behind_backward(
         # A part larger than a bucket is finished all at once, so its buckets queue.
         buckets = max(1, round(held / bucket_bytes))
         one = cost(held / buckets)
-        free = max(free, part.moment * backward_seconds) + buckets * one.seconds
-        travelling += buckets * one.seconds
-        latencies += buckets * one.latency_seconds
+        free = max(free, part.moment * backward_seconds) + buckets * one.transfer_seconds
+        latency = one.latency_seconds
         sent += buckets * one.sent_bytes
         held = 0.0
-    exposed = max(0.0, free - backward_seconds)
-    if travelling == 0:
+    return Cost(max(0.0, free - backward_seconds), latency, sent)
+
+
+def _bucket(machine: Machine, cluster: Cluster, size: float) -> Cost:
+    """A non-blocking sum, which is Rabenseifner's whatever its size (worker/sync/world.py)."""
+    return _cost(machine, cluster, size, rabenseifner(cluster.nodes))
+
+
+def _cost(machine: Machine, cluster: Cluster, size: float, chosen: Collective) -> Cost:
+    if cluster.nodes == 1:
         return NOTHING
-    waiting = exposed * latencies / travelling
-    return Cost(exposed - waiting, waiting, sent)
+    slices = cluster.ranks_per_node
+    on_link = (chosen.sent if cluster.shared_link else chosen.path) * size * cluster.seconds_per_byte
+    in_rank = chosen.path * size / slices * machine.mpi.each
+    return Cost(
+        max(on_link, in_rank) + chosen.summed * size / slices * machine.sum_each,
+        chosen.messages * (machine.mpi.fixed + cluster.latency_seconds),
+        chosen.path * size,
+    )
 
 
 def _powers(processes: int) -> tuple[int, int, int]:

@@ -16,9 +16,8 @@ from protos.rules import rule_of, schema_of
 from worker.plan.choices import FLOAT32, Choice, WireFormat
 from worker.plan.prediction import Practice
 
-# How worker/sync goes about it: the gradient travels when backward has ended, every rank pushes for itself, and rank 0
-# starts the server beside it.
-PRACTICE: Final = Practice(bucket_bytes=None, node_pushes_once=False, servers_spread=False)
+# How worker/sync goes about it: every rank pushes for itself, and rank 0 starts the server beside it.
+PRACTICE: Final = Practice(buckets=True, node_pushes_once=False, servers_spread=False)
 SERVERS: Final = (1, 2, 4, 8)
 LOCAL_STEPS: Final = (4, 16, 64)
 

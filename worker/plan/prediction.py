@@ -10,7 +10,7 @@ from typing import Final, NamedTuple
 
 from worker.plan.choices import FLOAT32, Change, Choice
 from worker.plan.machine import Machine, Workload
-from worker.plan.network import NOTHING, Cluster, Cost, all_reduce, behind_backward, coded_all_reduce
+from worker.plan.network import NOTHING, Cluster, Cost, all_reduce, all_reduce_in_buckets, coded_all_reduce
 from worker.wire import CHUNK_ELEMENTS
 
 TOTALS_BYTES: Final = 32  # loss, correct answers and their kin: an all-reduce of their own at each step
@@ -19,7 +19,7 @@ TOTALS_BYTES: Final = 32  # loss, correct answers and their kin: an all-reduce o
 class Practice(NamedTuple):
     """How the exchange goes about it."""
 
-    bucket_bytes: float | None = None  # all-reduce of buckets while backward runs; None: after it, at once
+    buckets: bool = True  # gradients are all-reduced in buckets while backward runs; or after it, at once
     node_pushes_once: bool = False  # to the parameter server; or every rank by itself
     servers_spread: bool = False  # shards on different nodes; or all on the first
 
@@ -84,7 +84,7 @@ def one_node(machine: Machine, work: Workload, cluster: Cluster) -> Prediction:
 
 def _gradient_seconds(machine: Machine, work: Workload, cluster: Cluster) -> float:
     """Forward and backward over the largest share; ranks beyond the cores take turns."""
-    share = -(-work.batch_size // cluster.ranks)
+    share = _share(work, cluster)
     pieces = -(-share // (work.micro_batch or share))
     turns = max(1.0, cluster.ranks_per_node * machine.threads / machine.cores)
     return (pieces * machine.compute.fixed + share * machine.compute.each) * turns
@@ -98,13 +98,17 @@ def _all_reduce(
     if choice.wire != FLOAT32:
         return coded_all_reduce(machine, cluster, work.parameters, choice.wire)
 
-    def cost(size: float) -> Cost:
-        return all_reduce(machine, cluster, size)
+    if not practice.buckets:
+        return all_reduce(machine, cluster, work.gradient_bytes)
+    # Only the last piece's backward finishes anything.
+    pieces = -(-_share(work, cluster) // (work.micro_batch or work.batch_size))
+    backward_seconds = machine.backward_share * gradient_seconds / pieces
+    return all_reduce_in_buckets(machine, cluster, work.gradient_bytes, backward_seconds)
 
-    if practice.bucket_bytes is None or not machine.ready:
-        return cost(work.gradient_bytes)
-    backward_seconds = machine.backward_share * gradient_seconds
-    return behind_backward(machine.ready, backward_seconds, practice.bucket_bytes, cost)
+
+def _share(work: Workload, cluster: Cluster) -> int:
+    """Samples of the rank that has most."""
+    return -(-work.batch_size // cluster.ranks)
 
 
 def _push_and_pull(
@@ -145,7 +149,7 @@ def _push_and_pull(
 
 def _memory(machine: Machine, work: Workload, cluster: Cluster, choice: Choice) -> float:
     """Program and data, gradient, and this rank's part of what the node holds once."""
-    share = -(-work.batch_size // cluster.ranks)
+    share = _share(work, cluster)
     at_once = min(share, work.micro_batch or share)
     held = machine.base_memory_bytes + work.gradient_bytes + work.buffer_bytes * at_once
     if work.micro_batch and work.micro_batch < share:

@@ -11,7 +11,7 @@ import pytest
 
 from worker.__main__ import main
 from worker.plan.machine import Machine, Ready
-from worker.plan.measurement import finished_runs, shares_to_measure
+from worker.plan.measurement import runs_of, shares_to_measure
 
 JOB = """\
 name: digits
@@ -122,15 +122,12 @@ def test_shares_between_all_nodes_and_one_are_measured() -> None:
     assert shares_to_measure(3, 16, 1) == [1, 3]
 
 
-def test_the_first_layer_is_finished_last_and_asks_for_no_delta_before_it() -> None:
-    from protos.job_file import parse_job
-    from worker.engine.model import Model
-
-    job = parse_job(JOB)
-    first, last = 64 * 32 + 32, 32 * 10 + 10
-    assert finished_runs(Model(job.model, job.loss, (64,))) == (
-        Ready(last, 2 * last / (2 * last + first)),
-        Ready(first, 1.0),
+def test_what_backward_says_becomes_runs_from_the_end_of_the_vector() -> None:
+    # As a residual layer says it, the same element may come twice.
+    assert runs_of([(90, 0.25), (90, 0.3), (20, 0.5), (0, 1.0000001)], 100) == (
+        Ready(10, 0.25),
+        Ready(70, 0.5),
+        Ready(20, 1.0),
     )
 
 
