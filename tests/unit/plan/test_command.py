@@ -62,7 +62,7 @@ def test_the_table_has_a_line_for_each_choice_and_ends_with_advice(plan) -> None
         *("sent", "a", "node", "memory", "a", "rank"),
     ]
     assert [line.partition("  ")[0] for line in lines[3:6]] == ["one node alone", "all-reduce *", "parameter server"]
-    assert lines[-1].startswith("take ")
+    assert any(line.startswith("take ") for line in lines[-2:])
 
 
 def test_the_document_says_the_same_in_seconds_and_bytes(plan, machine: Machine) -> None:
