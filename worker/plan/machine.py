@@ -101,6 +101,11 @@ def _amount(value: Any) -> Any:
     return value
 
 
+def undisturbed(seconds: Sequence[float]) -> float:
+    """The lower quartile of several times: what others on the machine add comes on top, and not always."""
+    return sorted(seconds)[len(seconds) // 4]
+
+
 def fit_line(amounts: Sequence[float], seconds: Sequence[float]) -> Line:
     """The line nearest the points by relative error, neither part below 0.
 

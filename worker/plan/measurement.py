@@ -4,8 +4,8 @@ Forward and backward are those of training on samples of the job's own data, for
 nodes and that of one rank of a node alone; so is the optimizer. MPI and the parameter server run as real processes
 that talk over the loopback device: all of an exchange but the network.
 
-Rules: medians. Every measurement has its share of the time and every wait a deadline. Nothing is written but to a
-temporary folder, and no process is left.
+Rules: times are those of a machine that nobody disturbs, as far as can be told. Every measurement has its share of the
+time and every wait a deadline. Nothing is written but to a temporary folder, and no process is left.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from worker.data.sharding import sample_order
 from worker.data.stores import fetch_all
 from worker.engine.layers.layer import Moment
 from worker.optimizers import CHUNK_ELEMENTS
-from worker.plan.machine import Line, Machine, Ready, Workload, fit_line
+from worker.plan.machine import Line, Machine, Ready, Workload, fit_line, undisturbed
 from worker.preparation import Prepared, check_shares, prepare
 from worker.sync.link import measure_across, measure_within, resident_bytes
 from worker.update import make_update
@@ -124,7 +124,7 @@ def _measure_compute(
     reader = open_reader(prepared.train, prepared.preprocessing, pieces[-1], prepared.augmentation, ranks_per_node)
     order = sample_order(job.training.seed, 0, len(prepared.train))
     reader.begin_epoch(0)
-    medians, backward_shares = [], []
+    taken, backward_shares = [], []
     step = 0
     with np.errstate(over="ignore", invalid="ignore"):
         for samples in pieces:
@@ -141,12 +141,12 @@ def _measure_compute(
                 passes.append([(first, (when - turned) / (ended - turned)) for first, when in told])
                 whole.append(ended - began)
                 backward.append(ended - turned)
-            medians.append(statistics.median(whole))
-            backward_shares.append(statistics.median(backward) / medians[-1])
+            taken.append(undisturbed(whole))
+            backward_shares.append(undisturbed(backward) / taken[-1])
     reader.close()
     # Of the largest piece, the pass in the middle: what it finished first is a thing of moments.
     middle = sorted(passes, key=lambda finished: finished[0][1])[len(passes) // 2]
-    return fit_line(pieces, medians), min(1.0, statistics.median(backward_shares)), runs_of(middle, work.parameters)
+    return fit_line(pieces, taken), min(1.0, statistics.median(backward_shares)), runs_of(middle, work.parameters)
 
 
 def _measure_update(job: job_pb2.JobSpec, work: Workload) -> float:
@@ -164,7 +164,7 @@ def _measure_update(job: job_pb2.JobSpec, work: Workload) -> float:
                 optimizer.direct(parameters[here], gradient[here], part, 1, ())
             optimizer.update(parameters[here], gradient[here], part, 1, 1e-3, ())
 
-    return _median_seconds(update, VECTOR_SECONDS) / elements
+    return _seconds(update, VECTOR_SECONDS) / elements
 
 
 def _measure_sum(work: Workload) -> float:
@@ -177,7 +177,7 @@ def _measure_sum(work: Workload) -> float:
             here = slice(low, low + CHUNK_ELEMENTS)
             np.add(total[here], other[here], out=total[here])
 
-    return _median_seconds(add, VECTOR_SECONDS) / total.nbytes
+    return _seconds(add, VECTOR_SECONDS) / total.nbytes
 
 
 def _measure_server(job: job_pb2.JobSpec, work: Workload) -> Line:
@@ -205,20 +205,20 @@ def _round_trip_seconds(job: job_pb2.JobSpec, elements: int) -> float:
             )  # fmt: skip
             worker.join()
             steps = iter(range(1, MOST + 2))
-            taken = _median_seconds(lambda: worker.step(next(steps), 1, 1e-3), SERVER_SECONDS)
+            taken = _seconds(lambda: worker.step(next(steps), 1, 1e-3), SERVER_SECONDS)
             worker.leave()
         finally:
             server.stop()
     return taken
 
 
-def _median_seconds(act: Callable[[], None], budget_seconds: float) -> float:
+def _seconds(act: Callable[[], None], budget_seconds: float) -> float:
     taken = []
     for _ in _repetitions(budget_seconds):
         began = perf_counter()
         act()
         taken.append(perf_counter() - began)
-    return statistics.median(taken[1:])  # the first touches its memory for the first time
+    return undisturbed(taken[1:])  # the first touches its memory for the first time
 
 
 def _repetitions(budget_seconds: float) -> Iterable[int]:

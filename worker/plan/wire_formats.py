@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-import statistics
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Final
@@ -19,6 +18,7 @@ import numpy as np
 from protos import job_pb2
 from protos.rules import resolve, schema_of
 from worker.plan.choices import FLOAT32, WireFormat
+from worker.plan.machine import undisturbed
 
 COMPRESSION: Final = "worker.compression"
 MOST_ELEMENTS: Final = 1 << 20
@@ -56,8 +56,8 @@ def _measured(job: job_pb2.JobSpec, name: str, elements: int) -> WireFormat:
     return WireFormat(
         name,
         len(encoded) / elements,
-        _median_seconds(encode) / elements,
-        _median_seconds(decode) / elements,
+        _seconds(encode) / elements,
+        _seconds(decode) / elements,
         compression.FORMATS[name].sums_well,
     )
 
@@ -73,10 +73,10 @@ def _settings(job: job_pb2.JobSpec, name: str) -> Any:
     return resolved.sync.all_reduce.wire_format
 
 
-def _median_seconds(act: Callable[[], None]) -> float:
+def _seconds(act: Callable[[], None]) -> float:
     taken = []
     for _ in range(REPETITIONS):
         began = perf_counter()
         act()
         taken.append(perf_counter() - began)
-    return statistics.median(taken)
+    return undisturbed(taken)
