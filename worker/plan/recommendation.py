@@ -15,6 +15,11 @@ from worker.plan.prediction import Prediction
 
 TOLERANCE: Final = 1.10
 MOSTLY: Final = 0.5  # of a step
+CONSEQUENCES: Final = {
+    Change.NOTHING: "",
+    Change.ROUNDING: " but sends part of each gradient later: validate it",
+    Change.COURSE: " but changes the result: validate it",
+}
 
 
 class Recommendation(NamedTuple):
@@ -49,20 +54,19 @@ def recommend(predictions: Sequence[Prediction], alone: Prediction, nodes: int) 
             "a larger batch_size gives each exchange more to compute",
         )
     share = 1 - plain.compute_seconds / plain.step_seconds
+    beyond = ""
+    if local is not None and best.choice.change is not Change.COURSE:
+        gain = plain.step_seconds / local.step_seconds
+        if best.step_seconds > TOLERANCE * local.step_seconds:
+            beyond = f" ({local.choice.name} would bring {_times(gain)} but change the result)"
     if best is plain:
+        kept = "shortens" if not beyond else "that keeps the result shortens"
         return Recommendation(
-            best, f"all-reduce: the exchange is {share:.0%} of the step, and nothing shortens the step by a tenth"
+            best, f"all-reduce: the exchange is {share:.0%} of the step, and nothing {kept} it by a tenth{beyond}"
         )
-    gain = _times(plain.step_seconds / best.step_seconds)
-    sentence = f"{best.choice.name}: the exchange is {share:.0%} of the all-reduce's step, this brings {gain}"
-    if best.choice.change is Change.ROUNDING:
-        sentence += " for a rounding that later steps make good"
-    if best.choice.change is Change.COURSE:
-        sentence += " but changes the result: validate it"
-    elif local is not None and best.step_seconds > TOLERANCE * local.step_seconds:
-        gain = _times(plain.step_seconds / local.step_seconds)
-        sentence += f" ({local.choice.name} would bring {gain} but change the result)"
-    return Recommendation(best, sentence)
+    gain = plain.step_seconds / best.step_seconds
+    sentence = f"{best.choice.name}: the exchange is {share:.0%} of the all-reduce's step, this brings {_times(gain)}"
+    return Recommendation(best, sentence + CONSEQUENCES[best.choice.change] + beyond)
 
 
 def fastest(predictions: Sequence[Prediction], change: Change) -> Prediction | None:

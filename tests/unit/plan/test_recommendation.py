@@ -23,15 +23,23 @@ def step(choice: Choice, exchange_seconds: float, compute_seconds: float = 1.0) 
 def test_a_small_exchange_is_left_as_it_is() -> None:
     advice = recommend([step(PLAIN, 0.05), step(CODED, 0.01), step(LOCAL, 0.0)], ALONE, 2)
     assert advice.best.choice == PLAIN
-    assert advice.sentence == "all-reduce: the exchange is 5% of the step, and nothing shortens the step by a tenth"
+    assert advice.sentence == "all-reduce: the exchange is 5% of the step, and nothing shortens it by a tenth"
+
+
+def test_local_steps_are_only_mentioned_beside_an_exchange_that_is_less_than_half() -> None:
+    advice = recommend([step(PLAIN, 0.8), step(LOCAL, 0.0)], ALONE, 2)
+    assert advice.best.choice == PLAIN
+    assert advice.sentence.endswith(
+        "nothing that keeps the result shortens it by a tenth (local steps of 8 would bring 1.8x but change the result)"
+    )
 
 
 def test_compression_is_taken_where_it_pays_and_local_steps_are_mentioned() -> None:
     advice = recommend([step(PLAIN, 4.0), step(SERVER, 8.0), step(CODED, 0.6), step(LOCAL, 0.1)], ALONE, 2)
     assert advice.best.choice == CODED
     assert advice.sentence == (
-        "all-reduce, int8: the exchange is 80% of the all-reduce's step, this brings 3.1x for a rounding that later "
-        "steps make good (local steps of 8 would bring 4.5x but change the result)"
+        "all-reduce, int8: the exchange is 80% of the all-reduce's step, this brings 3.1x but sends part of each "
+        "gradient later: validate it (local steps of 8 would bring 4.5x but change the result)"
     )
 
 
