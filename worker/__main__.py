@@ -61,6 +61,26 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("folder", type=Path, metavar="DIR")
     verb.add_argument("--onnx", type=Path, required=True, metavar="FILE", help="write an ONNX graph here")
 
+    verb = verbs.add_parser("plan", help="what to expect of a job on several nodes, and how to exchange there")
+    verb.add_argument("job", type=Path, metavar="JOB.yaml")
+    verb.add_argument("--nodes", type=int, required=True, metavar="N", help="machines like this one")
+    verb.add_argument("--bandwidth", required=True, metavar="B",
+                      help="of each node's link, each way: 100Mbit, 1Gbit, 10Gbit/s, 12MB/s")  # fmt: skip
+    verb.add_argument("--latency", default="0.1ms", metavar="T", help="of the network, one way; 0.1ms")
+    verb.add_argument("--shared-link", action="store_true", help="all nodes share one medium of that bandwidth")
+    verb.add_argument("--ranks-per-node", type=int, metavar="K", help="the job's workers over the nodes")
+    verb.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
+                      help="override a field of the job file, such as training.batch_size=512")  # fmt: skip
+    verb.add_argument("--measured", type=Path, metavar="FILE", help="figures that `measure` printed on such a node")
+    verb.add_argument("--format", choices=("text", "json"), default="text")
+
+    verb = verbs.add_parser("measure", help="what `plan` measures of this machine and a job, as JSON")
+    verb.add_argument("job", type=Path, metavar="JOB.yaml")
+    verb.add_argument("--nodes", type=int, default=1, metavar="N", help="the most that will be planned for; 1")
+    verb.add_argument("--ranks-per-node", type=int, metavar="K", help="the job's workers over the nodes")
+    verb.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
+                      help="override a field of the job file")  # fmt: skip
+
     verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
     verb.add_argument("job", type=Path, metavar="JOB.yaml")
     verb.add_argument("start", type=Path, metavar="CHECKPOINT", help="weights and optimizer state to begin with")
@@ -113,7 +133,10 @@ def run_verb(arguments: argparse.Namespace) -> int:
     """Carry out one verb; its modules are loaded only now."""
     if arguments.verb == "train":
         return train(arguments)
-    processes.set_blas_threads(os.environ, len(os.sched_getaffinity(0)))
+    cores = len(os.sched_getaffinity(0))
+    if arguments.verb in ("plan", "measure"):
+        return look_ahead(arguments, cores)
+    processes.set_blas_threads(os.environ, cores)
     if arguments.verb == "evaluate":
         from worker.use import evaluate_folder
 
@@ -131,6 +154,21 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
         job = read_job(arguments.job)
         serve_parameters(arguments.start, job, arguments.workers, arguments.listen, arguments.generation)
+    return ExitCode.DONE
+
+
+def look_ahead(arguments: argparse.Namespace, cores: int) -> int:
+    """Measure this machine as a node, and plan with it."""
+    from worker.plan.command import cluster_of, measure_here, plan, ranks_of
+
+    job = read_job(arguments.job, arguments.settings)
+    ranks = ranks_of(arguments, job)
+    cluster = cluster_of(arguments, job) if arguments.verb == "plan" else None
+    processes.set_blas_threads(os.environ, cores // ranks)
+    if cluster is None:
+        measure_here(job, arguments.nodes, ranks)
+    else:
+        plan(job, cluster, arguments.measured, as_json=arguments.format == "json")
     return ExitCode.DONE
 
 

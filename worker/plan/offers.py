@@ -1,0 +1,74 @@
+"""What a job may choose from: read off the schema of the job file, so a plan never names what cannot be written there.
+
+Rules: the plain all-reduce comes first, and what changes less before what changes more. The choice that the job file
+makes is among them. A wire format is offered where this installation can code it, since its seconds are measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from google.protobuf.message import Message
+
+from protos import job_pb2
+from protos.rules import rule_of, schema_of
+from worker.plan.choices import FLOAT32, Choice, WireFormat
+from worker.plan.prediction import Practice
+
+# How worker/sync goes about it: every rank pushes for itself, and rank 0 starts the server beside it.
+PRACTICE: Final = Practice(buckets=True, node_pushes_once=False, servers_spread=False)
+SERVERS: Final = (1, 2, 4, 8)
+LOCAL_STEPS: Final = (4, 16, 64)
+
+
+def offers(sync: job_pb2.Sync, nodes: int, wires: Sequence[WireFormat]) -> list[Choice]:
+    """Everything worth a row of the table.
+
+    Args:
+        sync: of the resolved job.
+        wires: those that are known beside float32.
+    """
+    servers = schema_of(job_pb2.ParameterServerSync()).fields_by_name["servers"]
+    shards = int(rule_of(servers).at_most or max(SERVERS))
+    choices = [Choice("all_reduce")]
+    choices += [Choice("parameter_server", servers=count) for count in SERVERS if count <= min(shards, max(2, nodes))]
+    exchanges: dict[str, Message] = {
+        "all_reduce": job_pb2.AllReduceSync(),
+        "parameter_server": job_pb2.ParameterServerSync(),
+    }
+    for kind, settings in exchanges.items():
+        if _takes_formats(settings):
+            choices += [Choice(kind, wire) for wire in wires]
+    choices.sort(key=lambda choice: choice.change)
+    if nodes > 1 and "local" in schema_of(sync).fields_by_name:
+        choices += [Choice("local", steps=steps) for steps in LOCAL_STEPS]
+    own = own_choice(sync, wires)
+    return choices if own is None or own in choices else [*choices, own]
+
+
+def own_choice(sync: job_pb2.Sync, wires: Sequence[WireFormat]) -> Choice | None:
+    """What the job file asks for; None where its wire format is not known here."""
+    kind = sync.WhichOneof("kind") or "all_reduce"
+    settings: Any = getattr(sync, kind)
+    if kind == "local":
+        return Choice("local", steps=settings.steps)
+    wire: WireFormat | None = FLOAT32
+    if _takes_formats(settings) and settings.HasField("wire_format"):
+        name = settings.wire_format.WhichOneof("kind") or FLOAT32.name
+        wire = next((known for known in (FLOAT32, *wires) if known.name == name), None)
+    return wire and Choice(kind, wire, servers=settings.servers if kind == "parameter_server" else 1)
+
+
+def as_sync(choice: Choice) -> Mapping[str, Any]:
+    """What stands under `sync` in a job file that makes the choice."""
+    if choice.kind == "local":
+        return {"local": {"steps": choice.steps}}
+    settings: dict[str, Any] = {"servers": choice.servers} if choice.kind == "parameter_server" else {}
+    if choice.wire != FLOAT32:
+        settings["wire_format"] = choice.wire.name
+    return {choice.kind: settings}
+
+
+def _takes_formats(settings: Message) -> bool:
+    return "wire_format" in schema_of(settings).fields_by_name
