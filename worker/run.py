@@ -36,6 +36,7 @@ from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, prepare
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
+from worker.sync import compression_costs
 from worker.sync.exchange import Exchange, check_fits, open_exchange
 from worker.sync.world import AgreedFault, World
 from worker.train import Observers, Result, train
@@ -79,7 +80,7 @@ def run_job(
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
-        say(f"shared memory is not used: {exchange.note}")
+        say(exchange.note)
 
     best = None
     if job.training.keep_best:
@@ -114,6 +115,10 @@ def run_job(
                 exchange.parameters[:], prepared.model.state[:] = best.weights, best.state
             write_model(folder, job, prepared.model, prepared.preprocessing)
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
+            if facts := exchange.facts():
+                summary["exchange"] = facts
+            if said := compression_costs.line(facts):
+                say(said)
             if initial is not None:
                 summary["initialized"] = initial.summary()
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")

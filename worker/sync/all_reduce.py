@@ -17,12 +17,17 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from protos import job_pb2
 from worker.clipping import norm_factor, sum_of_squares
+from worker.engine.params import ParameterSlot
 from worker.optimizers import CHUNK_ELEMENTS, Optimizer
+from worker.sync import residuals
+from worker.sync.compressed_reduction import open_compression
+from worker.sync.compression_costs import uncompressed
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -60,6 +65,8 @@ class AllReduceExchange:
         decayed: list[tuple[int, int]],
         total_count: int,
         clip_norm: float = 0.0,
+        wire_format: job_pb2.WireFormat | None = None,
+        slots: tuple[ParameterSlot, ...] = (),
     ) -> None:
         self.note = _leave_shared_memory_if_short(world, parameter_count, total_count)
         self.node = node = Node(world)
@@ -80,7 +87,15 @@ class AllReduceExchange:
         start, stop = self.bounds
         self._peers = world.comm.Split(node.rank if owns_slice else slices, world.rank)
         self._between_nodes = owns_slice and self._peers.Get_size() > 1
+        self._wire_format = wire_format or job_pb2.WireFormat()
+        self._compression = None
+        if self._between_nodes:
+            self._compression = open_compression(self._wire_format, self._peers, self.bounds, slots)
+        self._owner = residuals.Owner(
+            self._peers.Get_rank(), self._peers.Get_size(), slices, self.bounds, self._compression
+        )
         self.state = optimizer.init(stop - start, np.float32)
+        self._lossy = any(world.gather_everywhere(self._compression is not None))
         self._clip_norm = clip_norm
         self._square_sums = node.segments(1, np.float64)
         tensors = len(decayed) if optimizer.direct else 0
@@ -112,7 +127,11 @@ class AllReduceExchange:
         if self._sums_first:
             for chunk in self._chunks:
                 _sum(chunk)
-        if self._between_nodes:
+        if self._compression is not None:
+            self._compression.reduce(self._slice_total, samples)
+            statistics.sent("mpi", self._compression.costs.last_sent_bytes)
+            statistics.received("mpi", self._compression.costs.last_sent_bytes)
+        elif self._between_nodes:
             from mpi4py import MPI
 
             self._peers.Allreduce(MPI.IN_PLACE, self._slice_total, op=MPI.SUM)
@@ -159,9 +178,9 @@ class AllReduceExchange:
         Valid until the next step: one rank alone gives its own arrays, and several gather into the memory of the
         node's gradients, which hold nothing between steps, as far as that reaches.
         """
+        whole = residuals.gather(self._world, self._owner, self.parameters.size) if self._lossy else {}
         if self.node.size == 1:
-            return dict(sorted(self.state.items()))
-        whole = {}
+            return dict(sorted(self.state.items())) | whole
         room = itertools.chain(self._segments, itertools.repeat(None))
         for (name, own), segment in zip(sorted(self.state.items()), room, strict=False):
             counts = self.node.comm.allgather(int(own.size))
@@ -176,6 +195,17 @@ class AllReduceExchange:
         """Take this rank's slice of one array of a checkpoint."""
         start, stop = self.bounds
         self.state[name][:] = whole[start:stop]
+
+    def restore_residuals(self, state: dict[str, np.ndarray] | None) -> None:
+        """Take this rank's part of what a checkpoint (on rank 0) says was yet to be sent. Collective."""
+        if residuals.restore(self._world, self._owner, self.parameters.size, state) and self._compression is None:
+            self.note = "what a lossy wire format had yet to send is left out, because nothing is encoded now"
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of the exchange; bytes and seconds are this rank's own."""
+        kind = str(self._wire_format.WhichOneof("kind") or "float32")
+        costs = self._compression.costs.facts(kind) if self._compression else uncompressed(kind)
+        return costs if kind != "float32" else {}
 
     @contextmanager
     def showing(self, name: str) -> Iterator[None]:
@@ -291,5 +321,5 @@ def _leave_shared_memory_if_short(world: World, parameter_count: int, total_coun
     shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
     if any(world.gather_everywhere(shortage is not None)):
         world.split_nodes_into_ranks()
-        return shortage
+        return f"shared memory is not used: {shortage}" if shortage else None
     return None

@@ -63,6 +63,9 @@ class Exchange(Protocol):
     def showing(self, name: str) -> AbstractContextManager[None]:
         """Within the block `parameters` are this array of the optimizer's state, on every rank. Collective; no step."""
 
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of this rank's exchange under `exchange`; may be empty."""
+
     def close(self) -> None:
         """Give everything back."""
 
@@ -87,7 +90,11 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+    exchange = AllReduceExchange(
+        *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+        job.sync.all_reduce.wire_format,
+        model.slots,
+    )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -98,6 +105,7 @@ def open_exchange(
         for name in sorted(exchange.state):
             array = world.broadcast_array(resumed.state[name] if resumed else None, count)
             exchange.restore_state(name, array)
+        exchange.restore_residuals(resumed.state if resumed else None)
     elif lowest_of_node:
         model.initialize(job.training.seed)
         if initial is not None:
@@ -174,6 +182,10 @@ class ServerExchange:
         self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
         yield
         self.parameters[:] = own
+
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange."""
+        return {}
 
     def close(self) -> None:
         """Leave, then end the server once everybody has."""
