@@ -115,12 +115,12 @@ def run_job(
                 exchange.parameters[:], prepared.model.state[:] = best.weights, best.state
             write_model(folder, job, prepared.model, prepared.preprocessing)
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
-            if facts := exchange.facts():
-                summary["exchange"] = facts
-            if said := compression_costs.line(facts):
-                say(said)
             if initial is not None:
                 summary["initialized"] = initial.summary()
+            if facts := exchange.facts():
+                summary["exchange"] = facts
+            if costs := compression_costs.line(facts):
+                say(costs)
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.

@@ -73,7 +73,9 @@ def train(
     batch_size = min(job.training.batch_size or samples, samples)
     schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
-    accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch)
+    accumulator = Accumulator(
+        model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch, exchange.finished
+    )
     place = world.rank, world.size
     ranks_here = world.gather_everywhere(world.host).count(world.host)
     reader = open_reader(

@@ -17,17 +17,37 @@ overlaps with sending the one before.
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from protos import job_pb2
 from worker.compression import FORMATS, make_codec
 from worker.compression.codec import BLOCK_ELEMENTS, Codec, blocks, decode, encode_with_feedback, encoded_bytes
+from worker.engine.layers.layer import Finished
 from worker.engine.params import ParameterSlot
-from worker.sync.compression_costs import CompressionCosts
+from worker.sync.between_nodes import Slice, sum_in_order
+from worker.sync.compression_costs import CompressionCosts, uncompressed
+from worker.sync.statistics import ExchangeStatistics
 
 GATHER, SPREAD = 1, 2  # tags: parts on their way to their owner, and sums on their way back
+
+
+class Wire(NamedTuple):
+    """How gradients travel between nodes."""
+
+    wire_format: job_pb2.WireFormat
+    slots: tuple[ParameterSlot, ...]  # of the flat vector: which of it are matrices
+
+    @property
+    def kind(self) -> str:
+        """The format's word."""
+        return str(self.wire_format.WhichOneof("kind") or "float32")
+
+    @property
+    def lossy(self) -> bool:
+        """Whether there is something to encode, and a residual."""
+        return self.kind != "float32"
 
 
 class CompressedReduction(Protocol):
@@ -51,21 +71,51 @@ class CompressedReduction(Protocol):
         """Go on from what `factors` gave."""
 
 
-def open_compression(
-    wire_format: job_pb2.WireFormat, peers: Any, bounds: tuple[int, int], slots: tuple[ParameterSlot, ...]
-) -> CompressedReduction | None:
-    """What reduces the slice at `bounds` in the job's wire format; None for float32, which needs nothing."""
-    kind = str(wire_format.WhichOneof("kind") or "float32")
-    if kind == "float32":
-        return None
-    if kind == "power_sgd":
+class CompressedSlice:
+    """As BetweenNodes: the slice is summed over the node, then reduced between the nodes in fewer bytes.
+
+    Attributes:
+        node, nodes: this node's place among the slice's owners, and how many they are.
+        slices: how many there are.
+        bounds: of the slice; empty on a rank that owns none.
+        reduction: what exchanges it; None on a rank that owns none.
+    """
+
+    finished: Finished | None = None  # all of the slice is encoded at once
+    lines: list[str]
+
+    def __init__(self, own: Slice, owns_slice: bool, slices: int, wire: Wire, statistics: ExchangeStatistics) -> None:
+        """Collective over the slice's owners."""
+        self._own, self._kind, self._statistics = own, wire.kind, statistics
+        self.lines = [f"gradients travel between nodes as {wire.kind}, and what that loses with the next step's"]
+        self.node, self.nodes, self.slices = own.peers.Get_rank(), own.peers.Get_size(), slices
+        self.bounds = (own.start, own.start + own.total.size)
+        # A communicator of its own: what else the peers exchange cannot come between.
+        self.reduction = open_reduction(wire, own.peers.Dup(), self.bounds) if owns_slice else None
+
+    def finish(self, samples: int) -> None:
+        """As in BetweenNodes."""
+        if self.reduction is None:
+            return
+        sum_in_order(self._own.gradients, self._own.total)
+        self.reduction.reduce(self._own.total, samples)
+        self._statistics.sent("mpi", self.reduction.costs.last_sent_bytes)
+        self._statistics.received("mpi", self.reduction.costs.last_sent_bytes)
+
+    def facts(self) -> dict[str, Any]:
+        """As in BetweenNodes: what compression cost and saved on this rank."""
+        return self.reduction.costs.facts(self._kind) if self.reduction else uncompressed(self._kind)
+
+
+def open_reduction(wire: Wire, peers: Any, bounds: tuple[int, int]) -> CompressedReduction:
+    """What reduces the slice at `bounds` in the job's wire format."""
+    if wire.kind == "power_sgd":
         from worker.sync.power_sgd_reduction import PowerSgdReduction
 
-        return PowerSgdReduction(peers, wire_format.power_sgd.rank, bounds, slots)
+        return PowerSgdReduction(peers, wire.wire_format.power_sgd.rank, bounds, wire.slots)
     elements = bounds[1] - bounds[0]
-    if FORMATS[kind].sums_well:
-        return ReduceScatter(peers, make_codec(wire_format), elements)
-    return AllGather(peers, make_codec(wire_format), elements)
+    kind = ReduceScatter if FORMATS[wire.kind].sums_well else AllGather
+    return kind(peers, make_codec(wire.wire_format), elements)
 
 
 class _WithoutFactors:

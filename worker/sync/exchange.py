@@ -20,11 +20,13 @@ import numpy as np
 from protos import environment, job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
+from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.compressed_reduction import Wire
 from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -52,19 +54,20 @@ class Exchange(Protocol):
     # TOTALS, then the sums of layers with state: this rank's before step, all ranks' after.
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
-    note: str | None  # something a person should know, such as a fallback
+    note: str | None  # lines a person should know, such as a fallback
+    finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
+
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of this exchange under `exchange`; may be empty."""
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
 
     def showing(self, name: str) -> AbstractContextManager[None]:
         """Within the block `parameters` are this array of the optimizer's state, on every rank. Collective; no step."""
-
-    def facts(self) -> dict[str, Any]:
-        """What summary.json says of this rank's exchange under `exchange`; may be empty."""
 
     def close(self) -> None:
         """Give everything back."""
@@ -92,8 +95,8 @@ def open_exchange(
     total_count = len(TOTALS) + model.sum_count
     exchange = AllReduceExchange(
         *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
-        job.sync.all_reduce.wire_format,
-        model.slots,
+        shared_memory=job.sync.all_reduce.shared_memory,
+        wire=Wire(job.sync.all_reduce.wire_format, model.slots),
     )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
@@ -148,6 +151,7 @@ class ServerExchange:
     """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
 
     note: str | None = None
+    finished: Finished | None = None
 
     def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
         self.parameters, self.gradient, self.totals = model_vectors
@@ -166,6 +170,10 @@ class ServerExchange:
         statistics.sent_bytes["grpc"] = self._worker.sent_bytes
         statistics.received_bytes["grpc"] = self._worker.received_bytes
 
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: none."""
+        return {}
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""
         if self._world.rank != 0:
@@ -182,10 +190,6 @@ class ServerExchange:
         self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
         yield
         self.parameters[:] = own
-
-    def facts(self) -> dict[str, Any]:
-        """As in Exchange."""
-        return {}
 
     def close(self) -> None:
         """Leave, then end the server once everybody has."""

@@ -8,33 +8,21 @@ slice, and where the slices are others they begin anew, which costs a step or tw
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 import numpy as np
 
-from worker.sync.compressed_reduction import CompressedReduction
+from worker.sync.compressed_reduction import CompressedSlice
 from worker.sync.world import World
 
 RESIDUAL = "residual."
 FACTORS = "power_sgd."
+LOST = "what a lossy wire format had yet to send is left out: nothing is encoded between nodes now"
 
 
-class Owner(NamedTuple):
-    """One rank's part of the residuals."""
-
-    node: int  # its place among its slice's owners
-    nodes: int
-    slices: int
-    bounds: tuple[int, int]  # of its slice; empty for a rank that owns none
-    reduction: CompressedReduction | None
-
-
-def gather(world: World, owner: Owner, elements: int) -> dict[str, np.ndarray]:
+def gather(world: World, own: CompressedSlice, elements: int) -> dict[str, np.ndarray]:
     """All nodes' residuals, on rank 0 (elsewhere none). Collective; nobody may be at a step."""
-    reduction = owner.reduction
-    residual = np.empty(0, np.float32) if reduction is None else reduction.residual
-    factors = np.empty(0, np.float32) if reduction is None else reduction.factors()
-    parts = world.gather_everywhere([owner.node, *owner.bounds, factors.size])
+    residual, factors = _held(own)
+    parts = world.gather_everywhere([own.node, *own.bounds, factors.size])
     if world.rank != 0:
         world.comm.Send(residual, 0)
         world.comm.Send(factors, 0)
@@ -47,52 +35,56 @@ def gather(world: World, owner: Owner, elements: int) -> dict[str, np.ndarray]:
             world.comm.Recv(residual, rank)
             world.comm.Recv(factors, rank)
         if stop > start:
-            name = f"{RESIDUAL}{node}"
-            if name not in gathered:
-                gathered[name] = np.zeros(elements, np.float32)
-            gathered[name][start:stop] = residual
-            if node == 0:
-                all_factors.append(factors)
+            whole = gathered.setdefault(f"{RESIDUAL}{node}", np.zeros(elements, np.float32))
+            whole[start:stop] = residual
+        if stop > start and node == 0:
+            all_factors.append(factors)
     if any(factors.size for factors in all_factors):
-        gathered[f"{FACTORS}{owner.slices}"] = np.concatenate(all_factors)
+        gathered[f"{FACTORS}{own.slices}"] = np.concatenate(all_factors)
     return gathered
 
 
-def restore(world: World, owner: Owner, elements: int, state: Mapping[str, np.ndarray] | None) -> int:
+def restore(
+    world: World, own: CompressedSlice | None, elements: int, state: Mapping[str, np.ndarray] | None
+) -> str | None:
     """Give every rank its part of rank 0's `state`, a checkpoint's. Collective.
 
     Returns:
-        How many nodes' residuals there were, which are lost if nobody encodes now.
+        A line for people where there were residuals and nobody takes them.
     """
     held: Mapping[str, np.ndarray] = state or {}
-    names: list[str] = world.broadcast(sorted((n for n in held if n.startswith(RESIDUAL)), key=_node))
-    compressed = any(world.gather_everywhere(owner.reduction is not None))
-    if not compressed:
-        return len(names)
-    start, stop = owner.bounds
+    names: list[str] = world.broadcast(sorted((name for name in held if name.startswith(RESIDUAL)), key=_node))
+    if own is None:  # on one rank or on all
+        return LOST if names else None
+    start, stop = own.bounds
     for node, name in enumerate(names):
         whole = world.broadcast_array(held.get(name), elements)
-        if owner.reduction is None:
+        if own.reduction is None:
             continue
-        if len(names) != owner.nodes:
-            owner.reduction.residual += whole[start:stop] / np.float32(owner.nodes)
-        elif node == owner.node:
-            owner.reduction.residual[:] = whole[start:stop]
-    _restore_factors(world, owner, held)
-    return len(names)
+        if len(names) != own.nodes:
+            own.reduction.residual += whole[start:stop] / np.float32(own.nodes)
+        elif node == own.node:
+            own.reduction.residual[:] = whole[start:stop]
+    _restore_factors(world, own, held)
+    return None
 
 
-def _restore_factors(world: World, owner: Owner, held: Mapping[str, np.ndarray]) -> None:
-    own = np.empty(0, np.float32) if owner.reduction is None else owner.reduction.factors()
-    everyone = world.gather_everywhere([owner.node, owner.bounds[0], int(own.size)])
+def _restore_factors(world: World, own: CompressedSlice, held: Mapping[str, np.ndarray]) -> None:
+    _, factors = _held(own)
+    everyone = world.gather_everywhere([own.node, own.bounds[0], int(factors.size)])
     sizes = {start: size for node, start, size in everyone if node == 0 and size}  # by slice
-    found = held.get(f"{FACTORS}{owner.slices}")
+    found = held.get(f"{FACTORS}{own.slices}")
     if not world.broadcast(found is not None and found.size == sum(sizes.values())):
         return
     whole = world.broadcast_array(found, sum(sizes.values()))
-    if owner.reduction is not None and own.size:
-        first = sum(size for start, size in sizes.items() if start < owner.bounds[0])
-        owner.reduction.take_factors(whole[first : first + own.size])
+    if own.reduction is not None and factors.size:
+        first = sum(size for start, size in sizes.items() if start < own.bounds[0])
+        own.reduction.take_factors(whole[first : first + factors.size])
+
+
+def _held(own: CompressedSlice) -> tuple[np.ndarray, np.ndarray]:
+    nothing = np.empty(0, np.float32)
+    return (nothing, nothing) if own.reduction is None else (own.reduction.residual, own.reduction.factors())
 
 
 def _node(name: str) -> int:
