@@ -134,7 +134,7 @@ class ReduceScatter(_WithoutFactors):
 
     def __init__(self, peers: Any, codec: Codec, elements: int) -> None:
         self.residual = np.zeros(elements, np.float32)
-        self.costs = CompressionCosts(peers.Get_size())
+        self.costs = CompressionCosts(peers)
         self._peers, self._codec = peers, codec
         self._rank, size = peers.Get_rank(), peers.Get_size()
         edges = [elements * part // size for part in range(size + 1)]
@@ -211,7 +211,7 @@ class AllGather(_WithoutFactors):
 
     def __init__(self, peers: Any, codec: Codec, elements: int) -> None:
         self.residual = np.zeros(elements, np.float32)
-        self.costs = CompressionCosts(peers.Get_size())
+        self.costs = CompressionCosts(peers)
         self._peers, self._codec, self._rank = peers, codec, peers.Get_rank()
         length = encoded_bytes(codec, elements)
         self._encoded = [np.empty(length, np.uint8) for _ in range(peers.Get_size())]

@@ -26,7 +26,7 @@ class PowerSgdReduction:
     def __init__(self, peers: Any, rank: int, bounds: tuple[int, int], slots: tuple[ParameterSlot, ...]) -> None:
         elements = bounds[1] - bounds[0]
         self.residual = np.zeros(elements, np.float32)
-        self.costs = CompressionCosts(peers.Get_size())
+        self.costs = CompressionCosts(peers)
         self._peers = peers
         self._matrices = matrices = matrices_within(slots, bounds, rank)
         edges = [0, *(edge for matrix in matrices for edge in (matrix.start, matrix.stop)), elements]

@@ -17,7 +17,7 @@ from worker.compression.sign import ROW as SIGN_ROW
 
 FRACTION = 0.1
 # Around the widths of rows and blocks; what lies between is like one of these.
-LENGTHS = (0, 1, 7, 1023, 1024, 1025, SIGN_ROW + 9, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, 2 * BLOCK_ELEMENTS + 4097)
+LENGTHS = (0, 1, 7, 1023, 1024, 1025, 5 * SIGN_ROW + 9, BLOCK_ELEMENTS, BLOCK_ELEMENTS + 1, 2 * BLOCK_ELEMENTS + 4097)
 KINDS = tuple(FORMATS)
 
 
