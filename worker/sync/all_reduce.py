@@ -189,6 +189,10 @@ class AllReduceExchange:
             return self._between_nodes.facts()
         return uncompressed(self._wire.kind) if self._wire else {}
 
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
 

@@ -1,7 +1,7 @@
 """The gradient exchange a job asks for, behind one verb.
 
 `step` turns every rank's gradient into the next weights. Which way it goes (shared memory and MPI, or a parameter
-server) is chosen here, from `sync` in the job file, and nowhere else.
+server, or replicas that meet now and then) is chosen here, from `sync` in the job file, and nowhere else.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.compressed_reduction import Wire
+from worker.sync.local_steps import LocalStepsExchange
 from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -63,6 +64,18 @@ class Exchange(Protocol):
     def facts(self) -> dict[str, Any]:
         """What summary.json says of this exchange under `exchange`; may be empty."""
 
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """Behind a step and the model's new state: bring all ranks to the same weights and state, where that is due.
+
+        Args:
+            samples: of the step's whole batch.
+            ends_epoch: it is due; everything of the exchange is then the same on every rank.
+
+        Returns:
+            Of how many samples `totals` now hold the sums, over all ranks and every step since it was last due; 0 where
+            it was not, and what is collective over all ranks must wait.
+        """
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
 
@@ -93,11 +106,18 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(
-        *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
-        shared_memory=job.sync.all_reduce.shared_memory,
-        wire=Wire(job.sync.all_reduce.wire_format, model.slots),
-    )
+    exchange: AllReduceExchange | LocalStepsExchange
+    if job.sync.WhichOneof("kind") == "local":
+        exchange = LocalStepsExchange(
+            *(world, job.sync.local, make_update(job), count, decayed, total_count, len(TOTALS)),
+            clip_norm=job.training.clip_norm,
+        )
+    else:
+        exchange = AllReduceExchange(
+            *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+            shared_memory=job.sync.all_reduce.shared_memory,
+            wire=Wire(job.sync.all_reduce.wire_format, model.slots),
+        )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -108,7 +128,10 @@ def open_exchange(
         for name in sorted(exchange.state):
             array = world.broadcast_array(resumed.state[name] if resumed else None, count)
             exchange.restore_state(name, array)
-        exchange.restore_residuals(resumed.state if resumed else None)
+        if isinstance(exchange, LocalStepsExchange):
+            exchange.restore_outer_state(resumed.state if resumed else {})
+        else:
+            exchange.restore_residuals(resumed.state if resumed else None)
     elif lowest_of_node:
         model.initialize(job.training.seed)
         if initial is not None:
@@ -173,6 +196,10 @@ class ServerExchange:
     def facts(self) -> dict[str, Any]:
         """As in Exchange: none."""
         return {}
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""

@@ -1,12 +1,15 @@
-"""Under mpirun: `paceline-worker` with the ranks on pretended nodes. Arguments: ranks a node, then the worker's own."""
+"""Under mpirun: `paceline-worker` on pretended nodes, reporting as often as it may.
+
+Arguments: ranks a node, then those of `paceline-worker`.
+"""
 
 import functools
 import sys
 
-from worker.sync import world
+import worker.sync.world
+import worker.train
+from worker.__main__ import main
 
-world.World = functools.partial(world.World, ranks_per_node=int(sys.argv.pop(1)))
-
-from worker.__main__ import main  # noqa: E402  # after the ranks' place is known
-
+worker.sync.world.World = functools.partial(worker.sync.world.World, ranks_per_node=int(sys.argv.pop(1)))
+worker.train.REPORT_SECONDS = 0
 main()
