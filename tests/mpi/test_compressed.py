@@ -91,7 +91,29 @@ def test_other_numbers_of_nodes_take_a_residual_up(run_ranks, tmp_path) -> None:
     train(run_ranks, 3, 1, write_job(tmp_path, "sign", epochs=2), output)
     train(run_ranks, 2, 1, write_job(tmp_path, "sign", epochs=4), output, "--resume")
     said = train(run_ranks, 2, 2, write_job(tmp_path, "sign", epochs=6), output, "--resume")
-    assert "what a lossy wire format had yet to send is left out: nothing is encoded between nodes now" in said
     assert "wire format sign: nothing was compressed, because there is one node alone" in said
     assert summary(output)["exchange"] == {"wire_format": "sign", "sent_bytes": 0, "float32_bytes": 0}
     assert summary(output)["validation_accuracy"] > 0.93
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_what_was_left_is_sent_whatever_the_nodes_that_go_on(run_ranks, tmp_path, ranks) -> None:
+    """Three nodes' residuals, then a step without gradient: the weights and what is left now add up as before."""
+    before, after = tmp_path / "before.npz", tmp_path / "after.npz"
+    program = PROGRAMS / "compressed.py"
+    done = run_ranks(3, [program, before, 1, '"sign"', 4])
+    assert done.returncode == 0, done.stderr
+    done = run_ranks(ranks, [program, after, 1, '"sign"', 0, before])
+    assert done.returncode == 0, done.stderr
+    was, now = dict(np.load(before)), dict(np.load(after))
+    residuals = [array for name, array in was.items() if name.startswith("residual.")]
+    left = [array for name, array in now.items() if name.startswith("residual.")]
+    assert (len(residuals), len(left)) == (3, ranks if ranks > 1 else 0)
+    np.testing.assert_allclose(sum(left) - now["parameters"], sum(residuals), rtol=0, atol=2e-5)
+
+
+def test_float32_on_several_nodes_says_what_it_leaves_out(run_ranks, tmp_path) -> None:
+    output = tmp_path / "out"
+    train(run_ranks, 2, 1, write_job(tmp_path, "int8", epochs=1), output)
+    said = train(run_ranks, 2, 1, write_job(tmp_path, "float32", epochs=2), output, "--resume")
+    assert "what a lossy wire format had yet to send is left out, because several nodes send float32 now" in said

@@ -107,6 +107,7 @@ class AllReduceExchange:
         self._wire = wire if wire is not None and wire.lossy else None
         self._between_nodes: BetweenNodes | None = None
         self._compressed: CompressedSlice | None = None
+        self._carried: np.ndarray | None = None  # of a resumed run's slice, what joins the mean of the first step
         if several_nodes:
             own = Slice(start, [segment[start:stop] for segment in segments], self._slice_total, self._peers)
             largest = max(high - low for low, high in slice_bounds(parameter_count, slices))
@@ -132,6 +133,9 @@ class AllReduceExchange:
         """
         node, statistics = self.node, self.statistics
         began = perf_counter()
+        if self._carried is not None:
+            self.gradient[slice(*self.bounds)] += np.float32(samples) * self._carried
+            self._carried = None
         self._total_segments[node.rank][:] = self.totals
         node.fence()
         arrived = perf_counter()
@@ -219,9 +223,13 @@ class AllReduceExchange:
 
     def restore_residuals(self, state: dict[str, np.ndarray] | None) -> None:
         """Take this rank's part of what a checkpoint (on rank 0) says was yet to be sent. Collective."""
-        lost = residuals.restore(self._world, self._compressed, self.parameters.size, state)
-        if lost:
-            self.note = "\n".join(filter(None, (self.note, lost)))
+        if self._compressed:
+            residuals.restore(self._world, self._compressed, self.parameters.size, state)
+            return
+        self._carried = residuals.restore_sum(self._world, self.bounds, self.parameters.size, state)
+        if self._carried is not None and self._between_nodes:  # whose buckets may have set out before `step`
+            self._carried = None
+            self.note = "\n".join(filter(None, (self.note, residuals.LOST)))
 
     @contextmanager
     def showing(self, name: str) -> Iterator[None]:

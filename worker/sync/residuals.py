@@ -1,8 +1,9 @@
 """Residuals of a lossy wire format as part of a checkpoint: `residual.N` over the whole flat vector for each node N.
 
-Rules: on as many nodes as wrote them they come back exactly. On another number their sum is divided evenly, so nothing
-that was to be sent is lost. PowerSGD's factors go with them, `power_sgd.SLICES`: they belong to the rows of each
-slice, and where the slices are others they begin anew, which costs a step or two of accuracy and no gradient.
+Rules: on as many nodes as wrote them they come back exactly. On another number their sum is divided evenly, and on one
+node alone it joins the first step's gradient, so nothing that was to be sent is lost. PowerSGD's factors go with them,
+`power_sgd.SLICES`: they belong to the rows of each slice, and where the slices are others they begin anew, which costs
+some steps of accuracy and no gradient.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from worker.sync.world import World
 
 RESIDUAL = "residual."
 FACTORS = "power_sgd."
-LOST = "what a lossy wire format had yet to send is left out: nothing is encoded between nodes now"
+LOST = "what a lossy wire format had yet to send is left out, because several nodes send float32 now"
 
 
 def gather(world: World, own: CompressedSlice, elements: int) -> dict[str, np.ndarray]:
@@ -44,18 +45,10 @@ def gather(world: World, own: CompressedSlice, elements: int) -> dict[str, np.nd
     return gathered
 
 
-def restore(
-    world: World, own: CompressedSlice | None, elements: int, state: Mapping[str, np.ndarray] | None
-) -> str | None:
-    """Give every rank its part of rank 0's `state`, a checkpoint's. Collective.
-
-    Returns:
-        A line for people where there were residuals and nobody takes them.
-    """
+def restore(world: World, own: CompressedSlice, elements: int, state: Mapping[str, np.ndarray] | None) -> None:
+    """Give every rank its part of rank 0's `state`, a checkpoint's. Collective."""
     held: Mapping[str, np.ndarray] = state or {}
-    names: list[str] = world.broadcast(sorted((name for name in held if name.startswith(RESIDUAL)), key=_node))
-    if own is None:  # on one rank or on all
-        return LOST if names else None
+    names = _names(world, held)
     start, stop = own.bounds
     for node, name in enumerate(names):
         whole = world.broadcast_array(held.get(name), elements)
@@ -66,7 +59,18 @@ def restore(
         elif node == own.node:
             own.reduction.residual[:] = whole[start:stop]
     _restore_factors(world, own, held)
-    return None
+
+
+def restore_sum(
+    world: World, bounds: tuple[int, int], elements: int, state: Mapping[str, np.ndarray] | None
+) -> np.ndarray | None:
+    """The part within `bounds` of the sum of rank 0's residuals in `state`; None where there are none. Collective."""
+    held: Mapping[str, np.ndarray] = state or {}
+    total = None
+    for name in _names(world, held):
+        part = world.broadcast_array(held.get(name), elements)[slice(*bounds)]
+        total = part.copy() if total is None else total + part
+    return total
 
 
 def _restore_factors(world: World, own: CompressedSlice, held: Mapping[str, np.ndarray]) -> None:
@@ -85,6 +89,12 @@ def _restore_factors(world: World, own: CompressedSlice, held: Mapping[str, np.n
 def _held(own: CompressedSlice) -> tuple[np.ndarray, np.ndarray]:
     nothing = np.empty(0, np.float32)
     return (nothing, nothing) if own.reduction is None else (own.reduction.residual, own.reduction.factors())
+
+
+def _names(world: World, held: Mapping[str, np.ndarray]) -> list[str]:
+    """Of rank 0's residuals, by node, on every rank."""
+    names: list[str] = world.broadcast(sorted((name for name in held if name.startswith(RESIDUAL)), key=_node))
+    return names
 
 
 def _node(name: str) -> int:

@@ -1,6 +1,7 @@
 """Under mpirun: steps of the all-reduce in a wire format on random gradients; what is sent and what is left add up.
 
-Arguments: output file, ranks a node, wire format as JSON, steps. Plain gradient descent with rate 1 from zeros, so that
+Arguments: output file, ranks a node, wire format as JSON, steps; perhaps a file such a run has left, whose residuals
+are taken up, and one step without gradient is made. Plain gradient descent with rate 1 from zeros, so that
 the weights are minus the sum of all means. Rank 0 saves them with the residuals.
 """
 
@@ -29,6 +30,10 @@ def main() -> None:
         world, make_optimizer(sgd()), elements, [], 1, wire=Wire(wire_format(sys.argv[3]), slots)
     )
     wanted = np.zeros(elements)
+    if len(sys.argv) > 5:
+        found = dict(np.load(sys.argv[5])) if world.rank == 0 else None
+        exchange.restore_residuals(found)
+        exchange.step(1, 20, 1.0)
     for step in range(1, steps + 1):
         samples = 7 if step % 3 == 0 else 20  # a short batch now and then
         gradients = np.random.default_rng(step).standard_normal((world.size, elements)).astype(np.float32) * samples
