@@ -36,7 +36,7 @@ def test_without_shared_memory_every_rank_is_a_node_and_the_weights_are_the_same
         assert "shared memory is not used: sync.all_reduce.shared_memory is off; every rank is its own node" in lines
         exchange = summary(folder)["exchange"]
         kilobytes = f"{exchange['bucket_bytes'] / 1e3:.0f} KB"
-        assert any(line.startswith("gradients travel between nodes in buckets of " + kilobytes) for line in lines)
+        assert f"gradients travel between nodes in one bucket of {kilobytes}" in lines  # of so small a model
         assert exchange["buckets_started_in_backward"] > 0
         assert_close(train(run_ranks, ranks, off, folder.with_suffix(".again")), reference)
     assert "exchange" not in summary(tmp_path / "one")
@@ -63,7 +63,9 @@ def test_a_dev_shm_too_small_makes_every_rank_a_node_with_a_line_that_says_so(ru
 def test_the_ranks_of_a_node_hold_one_copy_of_the_weights(run_ranks, tmp_path) -> None:
     """Proportional set size counts a shared page once over all who share it.
 
-    The weights and Adam's two moments exist once however many ranks there are; each rank adds its gradient.
+    The weights and Adam's two moments exist once however many ranks there are; each rank adds its gradient. A second
+    copy of anything would be a whole vector more; what half a vector allows for is MPI's, and the share of libraries
+    that changes as other programs come and go.
     """
     vector = 4 * PARAMETERS
     for ranks in (1, 2, 4):
@@ -72,4 +74,4 @@ def test_the_ranks_of_a_node_hold_one_copy_of_the_weights(run_ranks, tmp_path) -
         assert done.returncode == 0, done.stderr
         grown = np.load(output).sum()
         expected = (1 + 2 + ranks) * vector
-        assert expected <= grown < expected + 0.5 * vector + ranks * 4e6, f"{ranks} ranks"
+        assert abs(grown - expected) < 0.5 * vector, f"{ranks} ranks"

@@ -71,7 +71,9 @@ class Buckets:
         self._early = 0  # buckets that set out before `finish`, over all steps
         self.finished: Finished | None = self._finished if overlap else None
         size = f"{self.bucket_bytes / 1e3:.0f} KB"
-        self.lines = [f"gradients travel between nodes in buckets of {size}, as measured at the start"]
+        whole = self.bucket_bytes >= 4 * largest_slice
+        how = f"one bucket of {size}" if whole else f"buckets of {size}, as measured at the start"
+        self.lines = [f"gradients travel between nodes in {how}"]
 
     def finish(self, samples: int) -> None:
         """As in BetweenNodes."""
