@@ -36,6 +36,7 @@ from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, prepare, remark
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
+from worker.sync import compression_costs
 from worker.sync.exchange import Exchange, check_fits, open_exchange
 from worker.sync.world import AgreedFault, World
 from worker.train import Observers, Result, train
@@ -120,6 +121,8 @@ def run_job(
                 summary["initialized"] = initial.summary()
             if facts := exchange.facts():
                 summary["exchange"] = facts
+            if costs := compression_costs.line(facts):
+                say(costs)
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.

@@ -53,6 +53,29 @@ def test_the_example_of_the_contract_means_what_it_says() -> None:
     assert spec.workers == 2
 
 
+@pytest.mark.parametrize(
+    ("written", "kind"),
+    [("bfloat16", "bfloat16"), ("top_k", "top_k"), ("{top_k: {fraction: 0.1}}", "top_k"), ("power_sgd", "power_sgd")],
+)
+def test_a_wire_format_is_a_word_or_has_options(written: str, kind: str) -> None:
+    spec = parse_job(minimal_with(f"sync: {{all_reduce: {{wire_format: {written}}}}}"))
+    wire_format = spec.sync.all_reduce.wire_format
+    assert wire_format.WhichOneof("kind") == kind
+    assert wire_format.top_k.fraction in (0, 0.01, 0.1)
+    assert wire_format.power_sgd.rank == (4 if kind == "power_sgd" else 0)
+
+
+def test_a_wire_format_that_is_none_or_out_of_bounds_is_refused() -> None:
+    def faults_of(written: str) -> str:
+        return "".join(faults(minimal_with(f"sync: {{all_reduce: {{wire_format: {written}}}}}")))
+
+    assert "sync.all_reduce.wire_format" in faults_of("int4")
+    assert "did you mean int8?" in faults_of("int4")
+    place = "sync.all_reduce.wire_format.top_k.fraction: "
+    assert faults_of("{top_k: {fraction: 0.6}}") == place + "0.6 is not at most 0.5"
+    assert faults_of("{top_k: {fraction: 0}}") == place + "0 is not above 0"
+
+
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_every_example_is_valid_and_reads_back_as_written(example: str) -> None:
     spec = read_job_file(EXAMPLES / example)
@@ -124,7 +147,7 @@ def test_the_resolved_job_reads_like_a_job_file() -> None:
     text = to_yaml(parse_job(MINIMAL))
     assert "- dense: {units: 10, bias: true}\n" in text
     assert "loss:\n  softmax_cross_entropy: {label_smoothing: 0.0}\n" in text
-    assert "sync:\n  all_reduce: {shared_memory: true}\n" in text
+    assert "sync:\n  all_reduce: {shared_memory: true, wire_format: float32}\n" in text
     assert "schedule:\n  constant: {}\n  warm_up_epochs: 0.0\n" in text
     assert "training: {epochs: 10, batch_size: 32, seed: 0, keep_checkpoints: 2" in text
 

@@ -25,8 +25,11 @@ import numpy as np
 from worker.clipping import norm_factor, sum_of_squares
 from worker.engine.layers.layer import Finished
 from worker.optimizers import CHUNK_ELEMENTS, Optimizer
+from worker.sync import residuals
 from worker.sync.between_nodes import BetweenNodes, Slice, sum_in_order
 from worker.sync.buckets import Buckets
+from worker.sync.compressed_reduction import CompressedSlice, Wire
+from worker.sync.compression_costs import uncompressed
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -69,8 +72,12 @@ class AllReduceExchange:
         clip_norm: float = 0.0,
         shared_memory: bool = True,
         overlap: bool = True,
+        wire: Wire | None = None,
     ) -> None:
-        """`shared_memory`: off makes every rank its own node. `overlap`: the exchange may begin before `step`."""
+        """`shared_memory`: off makes every rank its own node. `overlap`: the exchange may begin before `step`.
+
+        `wire`: how gradients travel between nodes; None is float32.
+        """
         reason = _leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
@@ -98,11 +105,19 @@ class AllReduceExchange:
         # Where the whole slice must be summed before any of it is used.
         self._sums_first = several_nodes or clip_norm > 0 or optimizer.direct is not None
         self._slice_total = np.zeros(stop - start if self._sums_first else 0, np.float32)
+        self._wire = wire if wire is not None and wire.lossy else None
         self._between_nodes: BetweenNodes | None = None
+        self._compressed: CompressedSlice | None = None
+        self._carried: np.ndarray | None = None  # of a resumed run's slice, what joins the mean of the first step
         if several_nodes:
             own = Slice(start, [segment[start:stop] for segment in segments], self._slice_total, self._peers)
             largest = max(high - low for low, high in slice_bounds(parameter_count, slices))
-            self._between_nodes = Buckets(world, node, own, parameter_count, largest, self.statistics, overlap)
+            if self._wire:
+                self._between_nodes = self._compressed = CompressedSlice(
+                    own, owns_slice, slices, self._wire, self.statistics
+                )
+            else:
+                self._between_nodes = Buckets(world, node, own, parameter_count, largest, self.statistics, overlap)
         self.finished: Finished | None = self._between_nodes.finished if self._between_nodes else None
         lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
         lines += self._between_nodes.lines if self._between_nodes else []
@@ -119,6 +134,9 @@ class AllReduceExchange:
         """
         node, statistics = self.node, self.statistics
         began = perf_counter()
+        if self._carried is not None:
+            self.gradient[slice(*self.bounds)] += np.float32(samples) * self._carried
+            self._carried = None
         self._total_segments[node.rank][:] = self.totals
         node.fence()
         arrived = perf_counter()
@@ -129,7 +147,7 @@ class AllReduceExchange:
         update = self._optimizer.update
         reducing, updating = 0.0, 0.0
         if self._between_nodes:
-            self._between_nodes.finish()
+            self._between_nodes.finish(samples)
         elif self._sums_first:
             for chunk in self._chunks:
                 _sum(chunk)
@@ -172,7 +190,9 @@ class AllReduceExchange:
 
     def facts(self) -> dict[str, Any]:
         """As in Exchange: of the exchange between nodes, where there are several."""
-        return self._between_nodes.facts() if self._between_nodes else {}
+        if self._between_nodes:
+            return self._between_nodes.facts()
+        return uncompressed(self._wire.kind) if self._wire else {}
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
         """As in Exchange: all ranks met in the step."""
@@ -184,9 +204,9 @@ class AllReduceExchange:
         Valid until the next step: one rank alone gives its own arrays, and several gather into the memory of the
         node's gradients, which hold nothing between steps, as far as that reaches.
         """
+        whole = residuals.gather(self._world, self._compressed, self.parameters.size) if self._compressed else {}
         if self.node.size == 1:
-            return dict(sorted(self.state.items()))
-        whole = {}
+            return dict(sorted(self.state.items())) | whole
         room = itertools.chain(self._segments, itertools.repeat(None))
         for (name, own), segment in zip(sorted(self.state.items()), room, strict=False):
             counts = self.node.comm.allgather(int(own.size))
@@ -201,6 +221,16 @@ class AllReduceExchange:
         """Take this rank's slice of one array of a checkpoint."""
         start, stop = self.bounds
         self.state[name][:] = whole[start:stop]
+
+    def restore_residuals(self, state: dict[str, np.ndarray] | None) -> None:
+        """Take this rank's part of what a checkpoint (on rank 0) says was yet to be sent. Collective."""
+        if self._compressed:
+            residuals.restore(self._world, self._compressed, self.parameters.size, state)
+            return
+        self._carried = residuals.restore_sum(self._world, self.bounds, self.parameters.size, state)
+        if self._carried is not None and self._between_nodes:  # whose buckets may have set out before `step`
+            self._carried = None
+            self.note = "\n".join(filter(None, (self.note, residuals.LOST)))
 
     @contextmanager
     def showing(self, name: str) -> Iterator[None]:

@@ -29,9 +29,10 @@ class BetweenNodes(Protocol):
     finished: Finished | None
     lines: list[str]  # for people, at the start
 
-    def finish(self) -> None:
+    def finish(self, samples: int) -> None:
         """Behind the fence, when every local rank's gradient is whole: let `total` be the sum over all ranks.
 
+        `samples` is the whole batch's: nobody divides by it here, but what is carried from batch to batch is a mean.
         Collective over the peers. The ranks that own no slice call it too.
         """
 

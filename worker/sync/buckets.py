@@ -75,7 +75,7 @@ class Buckets:
         how = f"one bucket of {size}" if whole else f"buckets of {size}, as measured at the start"
         self.lines = [f"gradients travel between nodes in {how}"]
 
-    def finish(self) -> None:
+    def finish(self, samples: int) -> None:
         """As in BetweenNodes."""
         self._early += self._next
         while self._next < len(self._buckets):

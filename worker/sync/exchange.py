@@ -26,6 +26,7 @@ from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.compressed_reduction import Wire
 from worker.sync.local_steps import LocalStepsExchange
 from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
@@ -115,6 +116,7 @@ def open_exchange(
         exchange = AllReduceExchange(
             *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
             shared_memory=job.sync.all_reduce.shared_memory,
+            wire=Wire(job.sync.all_reduce.wire_format, model.slots),
         )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
@@ -128,6 +130,8 @@ def open_exchange(
             exchange.restore_state(name, array)
         if isinstance(exchange, LocalStepsExchange):
             exchange.restore_outer_state(resumed.state if resumed else {})
+        else:
+            exchange.restore_residuals(resumed.state if resumed else None)
     elif lowest_of_node:
         model.initialize(job.training.seed)
         if initial is not None:

@@ -1,0 +1,114 @@
+"""What compression cost and saved on one rank, and whether it paid: measured while the run goes on.
+
+Rules: the bandwidth is the best seen, at the start or in any one step, because what a step waits for its peers is no
+fault of the network; so savings are rather understated. Coding time is this rank's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+TRIAL_BYTES = 256 << 10  # 20 ms at 100 Mbit/s
+MOST_TRIALS, BUDGET_SECONDS = 64, 0.05  # the best of many: on a busy machine most are disturbed
+
+
+class CompressionCosts:
+    """Seconds and bytes of one rank's exchange with its peers since the exchange was opened."""
+
+    def __init__(self, peers: Any) -> None:
+        """`peers`: communicator of those who exchange a slice. Collective among them."""
+        size = peers.Get_size()
+        self.sent_bytes = 0
+        self.last_sent_bytes = 0  # of the last step
+        self.float32_bytes = 0  # what float32 would have sent
+        self.coding_seconds = 0.0
+        self._bandwidth = _measured_bandwidth(peers)  # bytes/s
+        self._share = 2 * (size - 1) / size  # of a vector, that an all-reduce sends from each peer
+        self._began = self._coding_before = 0.0
+
+    def begin(self) -> None:
+        """A step's exchange begins."""
+        self._began, self._coding_before = perf_counter(), self.coding_seconds
+
+    @contextmanager
+    def coding(self) -> Iterator[None]:
+        """What is done in the block is encoding or decoding."""
+        began = perf_counter()
+        yield
+        self.coding_seconds += perf_counter() - began
+
+    def end(self, sent: int, elements: int) -> None:
+        """The exchange of `elements` is over, in which `sent` bytes left this rank."""
+        seconds = perf_counter() - self._began - (self.coding_seconds - self._coding_before)
+        self.sent_bytes += sent
+        self.last_sent_bytes = sent
+        self.float32_bytes += self.all_reduced(elements)
+        if seconds > 0:
+            self._bandwidth = max(self._bandwidth, sent / seconds)
+
+    def all_reduced(self, elements: int) -> int:
+        """Bytes that leave each rank in an all-reduce of so many float32 elements, in the fewest way there is."""
+        return int(4 * elements * self._share)
+
+    def facts(self, wire_format: str) -> dict[str, Any]:
+        """For summary.json; the names are the contract's."""
+        saved = (self.float32_bytes - self.sent_bytes) / self._bandwidth if self._bandwidth else 0.0
+        return {
+            "wire_format": wire_format,
+            "sent_bytes": self.sent_bytes,
+            "float32_bytes": self.float32_bytes,
+            "coding_seconds": self.coding_seconds,
+            "bytes_per_second": self._bandwidth,
+            "saved_seconds": saved,
+            "compression_paid": saved > self.coding_seconds,
+        }
+
+
+def _measured_bandwidth(peers: Any) -> float:
+    """Bytes/s that each peer sends to the next while it receives as many, the best of some short trials."""
+    rank, size = peers.Get_rank(), peers.Get_size()
+    outgoing, incoming = np.zeros(TRIAL_BYTES, np.uint8), np.zeros(TRIAL_BYTES, np.uint8)
+
+    def seconds() -> float:
+        peers.Barrier()
+        began = perf_counter()
+        peers.Sendrecv(outgoing, (rank + 1) % size, recvbuf=incoming, source=(rank - 1) % size)
+        return perf_counter() - began
+
+    seconds()  # makes the connections
+    first: float = max(peers.allgather(seconds()))  # the same on every peer, and so the number of trials
+    trials = int(min(MOST_TRIALS, BUDGET_SECONDS / first))
+    return TRIAL_BYTES / min([first, *(seconds() for _ in range(trials))])
+
+
+def uncompressed(wire_format: str) -> dict[str, Any]:
+    """The facts of a job that asks for a lossy format where there is nobody to send to."""
+    return {"wire_format": wire_format, "sent_bytes": 0, "float32_bytes": 0}
+
+
+def line(facts: dict[str, Any]) -> str | None:
+    """What people should know of it at the end of a job; None where nothing was asked for."""
+    kind = facts.get("wire_format", "float32")
+    if kind == "float32":
+        return None
+    if not facts["float32_bytes"]:
+        return f"wire format {kind}: nothing was compressed, because there is one node alone or no step was made"
+    ratio = facts["float32_bytes"] / max(1, facts["sent_bytes"])
+    verdict = "it paid" if facts["compression_paid"] else "it cost more than it saved: use wire_format: float32 here"
+    return (
+        f"wire format {kind}: sent {_bytes(facts['sent_bytes'])} where float32 sends {_bytes(facts['float32_bytes'])} "
+        f"({ratio:.1f} times less); coding took {facts['coding_seconds']:.3g} s and saved about "
+        f"{facts['saved_seconds']:.3g} s at the {_bytes(facts['bytes_per_second'])}/s measured: {verdict}"
+    )
+
+
+def _bytes(count: float) -> str:
+    for unit, size in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count:.0f} bytes"
