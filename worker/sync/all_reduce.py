@@ -70,7 +70,7 @@ class AllReduceExchange:
         overlap: bool = True,
     ) -> None:
         """`shared_memory`: off makes every rank its own node. `overlap`: the exchange may begin before `step`."""
-        reason = _leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
+        reason = leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -299,7 +299,7 @@ def _sum(chunk: Chunk) -> None:
         sum_in_order(chunk.gradients, chunk.total)
 
 
-def _leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
+def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
     """Make every rank its own node where that is asked for, or the windows would not fit somewhere; returns why.
 
     Args:
