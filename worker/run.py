@@ -33,7 +33,7 @@ from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
-from worker.preparation import Prepared, check_shares, prepare
+from worker.preparation import Prepared, check_shares, prepare, remark
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync.exchange import Exchange, check_fits, open_exchange
@@ -80,6 +80,8 @@ def run_job(
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
+    if remarkable := remark(prepared, job):
+        say(remarkable)
 
     best = None
     if job.training.keep_best:

@@ -1,4 +1,4 @@
-"""A shard's process is killed in each phase: it comes back from its snapshot, and workers go on and say what is lost."""
+"""A shard's process is killed in each phase: it comes back from its snapshot, workers go on and say what is lost."""
 
 import contextlib
 import os
@@ -154,9 +154,8 @@ def test_one_that_stays_away_ends_the_step_in_time_and_is_named(fleet, monkeypat
     address = running.shards[1].address
     running.kill(1)
     began = time.monotonic()
-    with pytest.raises(
-        TrainingFault, match=rf"{address} \(2 of 2\), step 1: it is gone and did not come back within 1 s"
-    ):
+    words = rf"{address} \(2 of 2\), step 1: it is gone and did not come back within 1 s"
+    with pytest.raises(TrainingFault, match=words):
         running.step(1)
     assert time.monotonic() - began < 10
     assert f"{address} ended with code -9" in capfd.readouterr().err

@@ -14,7 +14,7 @@ from safetensors.numpy import load_file
 
 from tests.mpi.jobs import EPOCHS, assert_close, metrics, summary, train, write_data, write_job
 
-NODES = Path(__file__).with_name("programs") / "pretended_nodes.py"
+NODES = Path(__file__).with_name("programs") / "train_on_nodes.py"
 AVERAGED = {"average": {"decay": 0.9}}
 
 

@@ -173,6 +173,10 @@ class AllReduceExchange:
         """As in Exchange: of the exchange between nodes, where there are several."""
         return self._between_nodes.facts() if self._between_nodes else {}
 
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
 

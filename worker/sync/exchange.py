@@ -1,13 +1,13 @@
 """The gradient exchange a job asks for, behind one verb.
 
 `step` turns every rank's gradient into the next weights. Which way it goes (shared memory and MPI, or a parameter
-server) is chosen here, from `sync` in the job file, and nowhere else.
+server, or replicas that meet now and then) is chosen here, from `sync` in the job file, and nowhere else.
 """
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,23 +19,13 @@ from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.local_steps import LocalStepsExchange
 from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
 
-if TYPE_CHECKING:
-    pass
-
 TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
-
-
-class Vectors(NamedTuple):
-    """The arrays a rank computes with."""
-
-    parameters: np.ndarray  # (parameter_count,) float32
-    gradient: np.ndarray  # (parameter_count,) float32
-    totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
 
 
 class Exchange(Protocol):
@@ -54,6 +44,18 @@ class Exchange(Protocol):
 
     def facts(self) -> dict[str, Any]:
         """What summary.json says of this exchange under `exchange`; may be empty."""
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """Behind a step and the model's new state: bring all ranks to the same weights and state, where that is due.
+
+        Args:
+            samples: of the step's whole batch.
+            ends_epoch: it is due; everything of the exchange is then the same on every rank.
+
+        Returns:
+            Of how many samples `totals` now hold the sums, over all ranks and every step since it was last due; 0 where
+            it was not, and what is collective over all ranks must wait.
+        """
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
@@ -88,10 +90,17 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(
-        *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
-        shared_memory=job.sync.all_reduce.shared_memory,
-    )
+    exchange: AllReduceExchange | LocalStepsExchange
+    if job.sync.WhichOneof("kind") == "local":
+        exchange = LocalStepsExchange(
+            *(world, job.sync.local, make_update(job), count, decayed, total_count, len(TOTALS)),
+            clip_norm=job.training.clip_norm,
+        )
+    else:
+        exchange = AllReduceExchange(
+            *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+            shared_memory=job.sync.all_reduce.shared_memory,
+        )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -102,6 +111,8 @@ def open_exchange(
         for name in sorted(exchange.state):
             array = world.broadcast_array(resumed.state[name] if resumed else None, count)
             exchange.restore_state(name, array)
+        if isinstance(exchange, LocalStepsExchange):
+            exchange.restore_outer_state(resumed.state if resumed else {})
     elif lowest_of_node:
         model.initialize(job.training.seed)
         if initial is not None:

@@ -105,6 +105,10 @@ class ServerExchange:
             "servers": self._shard_count, "shard_restarts": restarts, "steps_lost": lost, "node_pushed_bytes": pushed
         }  # fmt: skip
 
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the servers."""
         if self._world.rank != 0:
