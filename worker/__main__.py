@@ -87,6 +87,10 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--workers", type=int, required=True, metavar="N", help="how many push in each step")
     verb.add_argument("--generation", type=int, default=1, metavar="N", help="pushes of another one are refused")
     verb.add_argument("--listen", default="127.0.0.1:0", metavar="HOST:PORT")
+    verb.add_argument("--part", type=int, nargs=2, metavar=("FIRST", "COUNT"),
+                      help="CHECKPOINT holds the elements from FIRST on, of the model's COUNT")  # fmt: skip
+    verb.add_argument("--snapshots", action="store_true", help="keep CHECKPOINT up to date, so that it can come back")
+    verb.add_argument("--restored", action="store_true", help="it has died: CHECKPOINT is its last snapshot")
     return parser
 
 
@@ -150,10 +154,14 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
         export_folder(arguments.folder, arguments.onnx)
     else:
-        from worker.server.process import serve_parameters
+        from worker.server.process import Part, serve_parameters
 
         job = read_job(arguments.job)
-        serve_parameters(arguments.start, job, arguments.workers, arguments.listen, arguments.generation)
+        part = Part(*(arguments.part or ()))
+        serve_parameters(
+            *(arguments.start, job, arguments.workers, arguments.listen, arguments.generation),
+            *(part, arguments.snapshots, arguments.restored),
+        )
     return ExitCode.DONE
 
 

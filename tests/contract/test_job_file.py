@@ -286,7 +286,7 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
         ("optimizer: {sgd: {learning_rate: fast}}", "optimizer.sgd.learning_rate: 'fast' is not a number"),
         ("optimizer: {sgd: {learning_rate: -.inf}}", "optimizer.sgd.learning_rate: -.inf is not a finite number"),
         ("optimizer: {momentum: {nesterov: 1}}", "optimizer.momentum.nesterov: '1' is not true or false"),
-        ("sync: {parameter_server: {servers: 2}}", "sync.parameter_server.servers: 2 is not at most 1"),
+        ("sync: {parameter_server: {servers: 65}}", "sync.parameter_server.servers: 65 is not at most 64"),
         ('name: "\\ud800"', "name: '.*' holds half of a character .*"),
         ("<<: {name: x}", "'<<': is unknown; known here: .*"),
     ],

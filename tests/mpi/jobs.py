@@ -36,7 +36,8 @@ def write_job(
         "training": {"epochs": EPOCHS, "batch_size": BATCH, "seed": 3} | (training or {}),
         "sync": sync,
     }
-    path = folder / f"{optimizer}-{sync}.json"
+    name = sync if isinstance(sync, str) else "-".join(map(str, [*sync, *next(iter(sync.values())).values()]))
+    path = folder / f"{optimizer}-{name}.json"
     path.write_text(json.dumps(job | parts))
     return path
 

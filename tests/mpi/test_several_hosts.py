@@ -39,6 +39,18 @@ def test_hosts_train_as_one_rank_does(hosts, run_ranks, tmp_path, ranks) -> None
     assert told["exchange"]["bucket_bytes"] > 0  # two nodes were seen, whose ranks share no memory
 
 
+@pytest.mark.parametrize("servers", [1, 3])
+def test_parameter_servers_on_two_hosts_are_reached_by_all_and_train_as_one_rank_does(
+    hosts, run_ranks, tmp_path, servers
+) -> None:
+    data = write_data(tmp_path / "toy.npz")
+    reference = train(run_ranks, 1, write_job(tmp_path, data), tmp_path / "alone")
+    job = write_job(tmp_path, data, sync={"parameter_server": {"servers": servers}})
+    done = hosts.run((2, 1), ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), reference)
+
+
 def test_a_host_with_too_little_shared_memory_says_so_and_trains_on(run_ranks, tmp_path) -> None:
     if reason := why_not():
         pytest.skip(reason)

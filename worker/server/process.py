@@ -18,12 +18,14 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.shard import Shard, ShardSetup
+from worker.server.snapshots import Snapshots
 from worker.wire import keep_freed_memory
 
 START_TIMEOUT_SECONDS = 20.0
@@ -34,8 +36,27 @@ _MPI_ENVIRONMENT = ("OMPI_", "PMIX_", "PRTE_")
 PROGRAM = (sys.executable, "-P", "-m", "worker", "serve-parameters")
 
 
-def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation: int) -> Shard:
-    """A shard that holds the parameters and optimizer state of a checkpoint. CheckpointFault names what is amiss."""
+class Part(NamedTuple):
+    """Which elements of the flat vector a shard holds: as many as its start file, from `first` on."""
+
+    first: int = 0
+    of: int | None = None  # elements of the whole model; None: those of the start file
+
+
+WHOLE = Part()
+
+
+def load_shard(
+    start_file: Path, spec: job_pb2.JobSpec, workers: int, generation: int, part: Part = WHOLE, restored: bool = False
+) -> Shard:
+    """A shard that holds the parameters and optimizer state of a checkpoint, the whole vector's or its own part's.
+
+    Args:
+        restored: the shard's process died and the file is its snapshot (`ShardSetup.restored`).
+
+    Raises:
+        CheckpointFault: names what is amiss in the file.
+    """
     from worker.checkpoint import read_checkpoint
     from worker.update import make_update
 
@@ -56,7 +77,10 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
             raise CheckpointFault(f"{start_file}: optimizer.{name} is {given}, needs {needed}")
         state[name] = saved
     setup = ShardSetup(
-        parameter_count=len(start.parameters),
+        parameter_count=len(start.parameters) if part.of is None else part.of,
+        start=part.first,
+        stop=part.first + len(start.parameters),
+        restored=restored,
         layout_digest=start.layout_digest,
         workers=workers,
         generation=generation,
@@ -68,27 +92,43 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
 
 
 def serve_parameters(
-    start_file: Path, spec: job_pb2.JobSpec, workers: int, listen: str = "127.0.0.1:0", generation: int = 1
+    start_file: Path,
+    spec: job_pb2.JobSpec,
+    workers: int,
+    listen: str = "127.0.0.1:0",
+    generation: int = 1,
+    part: Part = WHOLE,
+    snapshots: bool = False,
+    restored: bool = False,
 ) -> None:
-    """Serve until standard input ends or SIGTERM comes; return then. The token is in the environment."""
+    """Serve until standard input ends or SIGTERM comes; return then. The token is in the environment.
+
+    Args:
+        snapshots: keep the start file up to date, every `snapshot_steps` steps and after each pull of the state.
+        restored: the shard has died and the start file is its last snapshot.
+    """
     token = os.environ.get(environment.JOB_TOKEN, "")
     if not token:
         raise UsageFault(f"{environment.JOB_TOKEN} is not set: the parameter server needs the job's token")
     keep_freed_memory()
-    shard = load_shard(start_file, spec, workers, generation)
+    shard = load_shard(start_file, spec, workers, generation, part, restored)
+    every_steps = spec.sync.parameter_server.snapshot_steps
+    keeper = Snapshots(shard, start_file, every_steps) if snapshots else None
     # A rank reports what overflows, by step; here it would be a second voice.
     with np.errstate(over="ignore", invalid="ignore"):
-        asyncio.run(_serve(shard, token, listen))
+        asyncio.run(_serve(shard, token, listen, keeper))
+    if snapshots:
+        start_file.unlink(missing_ok=True)  # whoever would have started it again is gone or needs it no more
 
 
-async def _serve(shard: Shard, token: str, listen: str) -> None:
+async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | None) -> None:
     from worker.server.service import ParameterServer
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
-    server = ParameterServer(shard, token)
+    server = ParameterServer(shard, token, snapshots)
     try:
         port = await server.start(listen)
     except RuntimeError as error:
@@ -131,6 +171,9 @@ def start_server_process(
     listen: str = "127.0.0.1:0",
     program: Sequence[str] = PROGRAM,
     timeout_seconds: float = START_TIMEOUT_SECONDS,
+    part: Part = WHOLE,
+    snapshots: bool = False,
+    restored: bool = False,
 ) -> ServerProcess:
     """Start `program JOB START --workers N --generation G --listen L` and wait until it listens.
 
@@ -138,6 +181,9 @@ def start_server_process(
     """
     arguments = [str(job_file), str(start_file)]
     arguments += ["--workers", str(workers), "--generation", str(generation), "--listen", listen]
+    if part.of is not None:
+        arguments += ["--part", str(part.first), str(part.of)]
+    arguments += ["--snapshots"] * snapshots + ["--restored"] * restored
     process = subprocess.Popen(
         [*program, *arguments],
         stdin=subprocess.PIPE,

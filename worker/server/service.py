@@ -19,6 +19,7 @@ from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
 from worker.server.shard import Conflict, Push, Refused, Shard
+from worker.server.snapshots import Snapshots
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
@@ -52,8 +53,10 @@ def status_of(refusal: Refused) -> grpc.StatusCode:
 class ParameterServer:
     """A gRPC server around one shard."""
 
-    def __init__(self, shard: Shard, token: str) -> None:
+    def __init__(self, shard: Shard, token: str, snapshots: Snapshots | None = None) -> None:
         self._shard = shard
+        self._snapshots = snapshots
+        self._all_joined = asyncio.Event()  # of a shard that is back from a snapshot
         self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
         self._server = grpc.aio.server(
             interceptors=(_TokenCheck(token),), options=(MESSAGE_LIMIT, EXCLUSIVE_PORT)
@@ -73,6 +76,8 @@ class ParameterServer:
         if self._ticker is not None:
             self._ticker.cancel()
         self._end_all(End(grpc.StatusCode.UNAVAILABLE, "the parameter server is stopping"))
+        if self._snapshots:
+            await self._snapshots.close()
         await self._server.stop(grace_seconds)
 
     def _handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
@@ -91,12 +96,16 @@ class ParameterServer:
     async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         shard = self._shard
         try:
-            shard.join(request.worker, request.generation, request.parameter_count, request.layout_digest)
+            shard.join(request.worker, request.generation, request.parameter_count, request.layout_digest, request.step)
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
+        if not shard.awaits_workers:
+            self._all_joined.set()
+        await self._all_joined.wait()  # until the caller's deadline at the latest
         setup = shard.setup
         return pb.JoinResponse(
-            chunk_elements=setup.chunk_elements, step=shard.step, start=setup.start, stop=setup.stop
+            chunk_elements=setup.chunk_elements, step=shard.step, start=setup.start, stop=setup.stop,
+            restored_step=shard.restored_step if setup.restored else shard.step,
         )  # fmt: skip
 
     async def _leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
@@ -125,6 +134,8 @@ class ParameterServer:
                     await context.abort(grpc.StatusCode.ABORTED, f"step {step + 1} began during the pull")
                 head = pb.PullResponse(name=name, offset=start, step=step)
                 yield encode(head, DATA, array[start - begin : stop - begin])
+        if self._snapshots and request.state:
+            self._snapshots.take()
 
     async def _exchange(self, _requests: AsyncIterator[bytes], context: Context) -> None:
         answers: asyncio.Queue[bytes | End] = asyncio.Queue()
@@ -189,6 +200,8 @@ class ParameterServer:
             for waiting in answer.workers:
                 if waiting in self._streams:
                     self._streams[waiting].put_nowait(data)
+        if self._snapshots:
+            self._snapshots.see()
 
     async def _tick(self) -> None:
         """Show the shard the clock."""

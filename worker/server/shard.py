@@ -50,6 +50,7 @@ class ShardSetup:
     decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
     chunk_elements: int = 0  # 0: equal chunks of about 1 MB
     step_timeout_seconds: float = 60.0  # from a step's first push to its last
+    restored: bool = False  # from a snapshot, after a death: the step is the workers', once all have told theirs
     clip_norm: float = 0.0  # the mean gradient is scaled down to this norm, 0: never; for a shard of the whole vector
 
     def __post_init__(self) -> None:
@@ -143,6 +144,8 @@ class Shard:
         room = len(parameters) if self._waits_for_all else min(setup.chunk_elements, len(parameters))
         self._sum = np.empty(room, np.float32)
         self._joined: set[int] = set()
+        self.restored_step = step
+        self._told: dict[int, int] = {}  # where the shard is back from a snapshot: worker -> the steps it has done
         self._left: dict[int, int] = {}  # worker -> the last step before it left
         self._terms: Push | None = None  # the open step's first push: all others must agree with it
         self._opened = 0.0
@@ -153,8 +156,17 @@ class Shard:
         """Steps applied, and chunks of the step under way that are applied."""
         return self.step, sum(chunk.step > self.step for chunk in self._chunks.values())
 
-    def join(self, worker: int, generation: int, parameter_count: int, layout_digest: str) -> None:
-        """Admit a worker of the same launch and the same model; joining twice is joining once."""
+    @property
+    def awaits_workers(self) -> bool:
+        """Back from a snapshot, and not told yet by every worker how far training has come."""
+        return self.setup.restored and len(self._told) < self.setup.workers
+
+    def join(self, worker: int, generation: int, parameter_count: int, layout_digest: str, step: int = 0) -> None:
+        """Admit a worker of the same launch and the same model; joining twice is joining once.
+
+        A shard back from a snapshot goes on at the furthest of the workers' steps, once it knows all. One that is a
+        step behind had no answer to its last push: it repeats it and gets the weights that there are.
+        """
         self.check_member(worker, generation)
         if (parameter_count, layout_digest) != (self.setup.parameter_count, self.setup.layout_digest):
             raise Conflict(
@@ -163,6 +175,20 @@ class Shard:
                 "start every worker with the same job file"
             )
         self._joined.add(worker)
+        if self.awaits_workers:
+            self._told[worker] = step
+            if not self.awaits_workers:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        first, last = min(self._told.values()), max(self._told.values())
+        if last - first > 1 or first < self.step:
+            steps = ", ".join(f"worker {worker}: {step}" for worker, step in sorted(self._told.items()))
+            self.fault = f"the shard is back from its snapshot after step {self.step}, the workers' are {steps}"
+            return
+        self.step = last
+        for chunk in self._chunks.values():
+            chunk.step = last
 
     def leave(self, worker: int, generation: int) -> None:
         """A worker is done; a step that still needs it cannot be completed."""

@@ -78,7 +78,7 @@ class AllReduceExchange:
 
         `wire`: how gradients travel between nodes; None is float32.
         """
-        reason = _leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
+        reason = leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -334,7 +334,7 @@ def _sum(chunk: Chunk) -> None:
         sum_in_order(chunk.gradients, chunk.total)
 
 
-def _leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
+def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
     """Make every rank its own node where that is asked for, or the windows would not fit somewhere; returns why.
 
     Args:

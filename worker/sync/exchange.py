@@ -6,20 +6,13 @@ server, or replicas that meet now and then) is chosen here, from `sync` in the j
 
 from __future__ import annotations
 
-import os
-import secrets
-import tempfile
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
-from pathlib import Path
-from time import perf_counter
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from contextlib import AbstractContextManager
+from typing import Any, Protocol
 
 import numpy as np
 
-from protos import environment, job_pb2
-from protos.job_file import to_yaml
-from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
+from protos import job_pb2
+from worker.checkpoint import Checkpoint
 from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
@@ -33,18 +26,7 @@ from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
 
-if TYPE_CHECKING:
-    from worker.sync.parameter_server import ParameterServerExchange
-
 TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
-
-
-class Vectors(NamedTuple):
-    """The arrays a rank computes with."""
-
-    parameters: np.ndarray  # (parameter_count,) float32
-    gradient: np.ndarray  # (parameter_count,) float32
-    totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
 
 
 class Exchange(Protocol):
@@ -102,7 +84,10 @@ def open_exchange(
         initial: weights from a file, laid over those drawn by the seed.
     """
     if job.sync.WhichOneof("kind") == "parameter_server":
-        return _open_parameter_server(world, job, model, resumed, resume, initial)
+        # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
+        from worker.sync.server_exchange import open_server_exchange
+
+        return open_server_exchange(world, job, model, resumed, resume, initial)
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
@@ -136,12 +121,12 @@ def open_exchange(
         model.initialize(job.training.seed)
         if initial is not None:
             initial.load(model)
-    _share_state(world, model, resumed)
+    share_state(world, model, resumed)
     exchange.publish_parameters()
     return exchange
 
 
-def _share_state(world: World, model: Model, resumed: Checkpoint | None) -> None:
+def share_state(world: World, model: Model, resumed: Checkpoint | None) -> None:
     """Let every rank's state be rank 0's: a checkpoint's, or what the model began with. Collective."""
     if model.state_count:
         held = model.state if resumed is None else resumed.model_state
@@ -168,111 +153,3 @@ def check_fits(checkpoint: Checkpoint, model: Model, job: job_pb2.JobSpec) -> No
         raise CheckpointFault(
             f"the checkpoint lacks the optimizer's {', '.join(missing)}; resume with the same optimizer"
         )
-
-
-class ServerExchange:
-    """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
-
-    note: str | None = None
-    finished: Finished | None = None
-
-    def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
-        self.parameters, self.gradient, self.totals = model_vectors
-        self.statistics = ExchangeStatistics()
-        self._world = world
-        self._worker = worker
-        self._server = server
-
-    def step(self, step: int, samples: int, learning_rate: float) -> None:
-        """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
-        began = perf_counter()
-        self._worker.step(step, samples, learning_rate)
-        statistics = self.statistics
-        statistics.exchange_seconds += perf_counter() - began
-        statistics.wait_seconds = self._worker.wait_seconds
-        statistics.sent_bytes["grpc"] = self._worker.sent_bytes
-        statistics.received_bytes["grpc"] = self._worker.received_bytes
-
-    def facts(self) -> dict[str, Any]:
-        """As in Exchange: none."""
-        return {}
-
-    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step."""
-        return samples
-
-    def gather_state(self) -> dict[str, np.ndarray]:
-        """As in Exchange: rank 0 asks the server."""
-        if self._world.rank != 0:
-            return {}
-        arrays = self._worker.pull(state=True)
-        return {
-            name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
-        }
-
-    @contextmanager
-    def showing(self, name: str) -> Iterator[None]:
-        """As in Exchange: every rank asks the server."""
-        own = self.parameters.copy()
-        self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
-        yield
-        self.parameters[:] = own
-
-    def close(self) -> None:
-        """Leave, then end the server once everybody has."""
-        self._worker.leave()
-        self._world.agree(lambda: None)
-        if self._server is not None:
-            self._server.stop()
-
-
-def _open_parameter_server(
-    world: World,
-    job: job_pb2.JobSpec,
-    model: Model,
-    resumed: Checkpoint | None,
-    resume: bool,
-    initial: InitialWeights | None = None,
-) -> ServerExchange:
-    # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
-    from worker.server.process import start_server_process
-    from worker.sync.parameter_server import ParameterServerExchange
-
-    count = model.parameter_count
-    vectors = Vectors(np.zeros(count, np.float32), np.zeros(count, np.float32), np.zeros(len(TOTALS) + model.sum_count))
-    model.attach(vectors.parameters, vectors.gradient, vectors.totals[len(TOTALS) :], world.sum)
-    if resume:
-        vectors.parameters[:] = world.broadcast_array(resumed.parameters if resumed else None, count)
-    else:
-        model.initialize(job.training.seed)
-        if initial is not None:
-            initial.load(model)
-    _share_state(world, model, resumed)
-
-    generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
-    token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)
-
-    def start() -> Any:
-        if world.rank != 0:
-            return None
-        start_from = resumed or Checkpoint(
-            *(0, 0, 0),
-            layout_digest=model.layout_digest,
-            decayed=decayed_ranges(model.slots, 0, count),
-            parameters=vectors.parameters,
-            state={},
-        )
-        with tempfile.TemporaryDirectory(prefix="paceline-") as folder:
-            job_file, start_file = Path(folder) / "job.yaml", Path(folder) / "start.safetensors"
-            job_file.write_text(to_yaml(job))
-            write_checkpoint(start_file, start_from)
-            return start_server_process(job_file, start_file, world.size, generation, token)
-
-    server = world.agree(start)
-    address: str = world.broadcast(server.address if server else None)
-    worker = ParameterServerExchange(
-        [address], world.rank, world.size, generation, token, model.layout_digest, *vectors,
-        timeout_seconds=1.5 * job.limits.stall_seconds,
-    )  # fmt: skip
-    world.agree(worker.join)
-    return ServerExchange(world, worker, vectors, server)

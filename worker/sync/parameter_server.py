@@ -2,16 +2,20 @@
 
 A step queues the gradient's chunks from the end of the vector to its front, the order in which backward finishes them,
 and takes the weights of each chunk as soon as all workers have pushed it. gRPC's own thread serializes and sends while
-this one receives.
+this one receives. All servers are pushed to at once.
+
+A server whose connection is lost is given `return_seconds` to come back, from its last snapshot: the worker joins it
+again, tells it the steps done, repeats the step's pushes and counts the steps that were lost.
 
 Rules: arrays are filled in place. The gradient is not touched until `step` returns. Every wait has a deadline; what it
 raises names the server, the step, what was waited for and how long.
 """
 
 import queue
+import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -31,8 +35,11 @@ DATA = pb.PullResponse.DATA_FIELD_NUMBER
 MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
+FIRST_RETRY_SECONDS = 0.05
+LAST_RETRY_SECONDS = 1.0  # between two attempts, which begin at the first and double
 
 R = TypeVar("R", bound=Message)
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -52,11 +59,24 @@ class _Server:
     def __init__(self, address: str, token: str) -> None:
         self.address = address
         self.metadata = (("authorization", f"Bearer {token}"),)
-        self.channel = grpc.insecure_channel(address, options=(MESSAGE_LIMIT,))
         self.range = range(0)
         self.chunks: dict[int, int] = {}  # start -> stop
-        self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
         self.stream: Any = None  # the call object of the Exchange stream
+        self._connect()
+
+    def _connect(self) -> None:
+        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
+        self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
+
+    def reconnect(self) -> None:
+        """A channel and a queue anew; nothing of the old stream is sent."""
+        self.close()
+        self._connect()
+
+    def close(self) -> None:
+        """End the stream and the channel."""
+        self.outgoing.put(None)
+        self.channel.close()
 
     def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
         caller = self.channel.unary_unary(
@@ -74,20 +94,30 @@ class ParameterServerExchange:
     def __init__(
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
+        pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
-        `timeout_seconds` is for one step. Keep it above the server's own, which knows whom a step waits for.
+        Args:
+            timeout_seconds: for one step. Keep it above the server's own, which knows whom a step waits for.
+            pushes_to: which of the servers this process exchanges with, where others of the same worker take the rest;
+                None: all. It can pull from all.
+            return_seconds: how long a server that is gone may take to come back.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
         self.wait_seconds = 0.0
+        self.restarts = 0  # servers that were gone and came back
+        self.steps_lost = 0  # by them, together
+        self._step = 0  # the last one done
+        self._return_seconds = return_seconds
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
         self._parameters, self._gradient, self._totals = parameters, gradient, totals
         self._into = parameters.data.cast("B")
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
+        self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._closed = threading.Event()
@@ -98,33 +128,46 @@ class ParameterServerExchange:
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
         keep_freed_memory()
-        request = pb.JoinRequest(
-            worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
-            layout_digest=self._layout_digest,
-        )  # fmt: skip
+        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
         steps = set()
-        for server in self._servers:
+        for server in self._own:
             try:
-                response = server.call("Join", request, pb.JoinResponse, JOIN_TIMEOUT_SECONDS)
+                steps.add(self._join(server, JOIN_TIMEOUT_SECONDS).step)
             except grpc.RpcError as error:
                 raise TrainingFault(f"parameter server {server.address}, join: {_words(error)}") from error
-            server.range = range(response.start, response.stop)
-            server.chunks = dict(chunk_bounds(response.start, response.stop, response.chunk_elements))
-            steps.add(response.step)
-        self._check_ranges()
-        if len(steps) != 1:
+        if len(self._own) == len(self._servers):
+            check_ranges([(server.range, server.address) for server in self._own], len(self._parameters))
+        if len(steps) > 1:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
-        for server in self._servers:
-            # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
-            exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-            server.stream = exchange(self._requests(server), metadata=server.metadata)
         began = time.perf_counter()
         self._expires = time.monotonic() + JOIN_TIMEOUT_SECONDS
-        for server in self._servers:
+        for server in self._own:
+            self._open_stream(server)
+        for server in self._own:
             self._next(server, "join", "its stream", began)
         self._expires = float("inf")
-        return steps.pop()
+        self._step = steps.pop() if steps else 0
+        return self._step
+
+    @property
+    def held(self) -> list[tuple[range, str]]:
+        """The elements of each server that this process exchanges with, and its address; after `join`."""
+        return [(server.range, server.address) for server in self._own]
+
+    def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
+        request = pb.JoinRequest(
+            worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
+            layout_digest=self._layout_digest, step=self._step,
+        )  # fmt: skip
+        response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
+        server.range = range(response.start, response.stop)
+        server.chunks = dict(chunk_bounds(response.start, response.stop, response.chunk_elements))
+        return response
+
+    def _open_stream(self, server: _Server) -> None:
+        # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
+        exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
+        server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Push the gradient (sums over this worker's samples), return with the weights after `step` (from 1).
@@ -133,11 +176,16 @@ class ParameterServerExchange:
         """
         began = time.perf_counter()
         self._expires = time.monotonic() + self._timeout_seconds
-        for server in self._servers:
-            for start, stop in reversed(server.chunks.items()):
-                server.outgoing.put(_Push(step, start, stop, samples, learning_rate))
-        for server in self._servers:
-            self._receive(server, step, began)
+        queues = [
+            [_Push(step, start, stop, samples, learning_rate) for start, stop in reversed(server.chunks.items())]
+            for server in self._own
+        ]
+        for server, pushes in zip(self._own, queues, strict=True):
+            for push in pushes:
+                server.outgoing.put(push)
+        for server, pushes in zip(self._own, queues, strict=True):
+            self._receive(server, step, began, pushes)
+        self._step = step
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
 
@@ -149,26 +197,53 @@ class ParameterServerExchange:
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
-            stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
             try:
-                for data in stream(
-                    pb.PullRequest(state=state), timeout=self._timeout_seconds, metadata=server.metadata
-                ):
-                    head, payload = decode(pb.PullResponse, DATA, data)
-                    array = arrays.setdefault(head.name, np.empty(len(self._parameters), np.float32))
-                    chunk = as_array(payload)
-                    array[head.offset : head.offset + len(chunk)] = chunk
-                    steps.add(head.step)
+                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
             except grpc.RpcError as error:
                 raise TrainingFault(f"parameter server {server.address}, pull: {_words(error)}") from error
-        if len(steps) != 1:
+        # Behind the others is only one that came back and has not met its workers again; it does at the next step.
+        if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
+
+    def _pull(self, server: _Server, state: bool, arrays: dict[str, Float32]) -> int:
+        """Fill in what one server holds; the step its chunks are of."""
+        stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
+        step = 0
+        for data in stream(pb.PullRequest(state=state), timeout=self._timeout_seconds, metadata=server.metadata):
+            head, payload = decode(pb.PullResponse, DATA, data)
+            array = arrays.setdefault(head.name, np.empty(len(self._parameters), np.float32))
+            chunk = as_array(payload)
+            array[head.offset : head.offset + len(chunk)] = chunk
+            step = head.step
+        return step
+
+    def _with_retries(self, server: _Server, when: str, act: Callable[[], T]) -> T:
+        """`act`, again and again while the server cannot be reached, until `return_seconds` have passed."""
+        deadline = time.monotonic() + self._return_seconds
+        pause = FIRST_RETRY_SECONDS
+        while True:
+            try:
+                return act()
+            except grpc.RpcError as error:
+                if not self._return_seconds or not _lost(error):
+                    raise
+                if time.monotonic() + pause > deadline:
+                    index = self._servers.index(server) + 1
+                    raise TrainingFault(
+                        f"parameter server {server.address} ({index} of {len(self._servers)}), {when}: it is gone and "
+                        f"did not come back within {self._return_seconds:g} s; its own message is above"
+                    ) from error
+            if self._closed.wait(pause):
+                raise TrainingFault(f"parameter server {server.address}, {when}: closed meanwhile")
+            pause = min(2 * pause, LAST_RETRY_SECONDS)
+            if server not in self._own:
+                server.reconnect()
 
     def leave(self) -> None:
         """Say that this worker has made its last step, and close. A server may end once every worker has left."""
         request = pb.LeaveRequest(worker=self._worker, generation=self._generation)
-        for server in self._servers:
+        for server in self._own:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
@@ -179,26 +254,33 @@ class ParameterServerExchange:
         """Let go of the streams. Without `leave` before, the server takes this worker for lost and ends the others."""
         self._closed.set()
         for server in self._servers:
-            server.outgoing.put(None)
-            server.channel.close()
+            server.close()
 
-    def _requests(self, server: _Server) -> Iterator[bytes]:
+    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
         yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
-        while (push := server.outgoing.get()) is not None:
+        while (push := outgoing.get()) is not None:
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
-                totals=self._totals if push.start == server.range.start else (),
+                totals=self._totals if push.start == 0 else (),
             )  # fmt: skip
             data = encode(head, GRADIENT, self._gradient[push.start : push.stop])
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: _Server, step: int, began: float) -> None:
+    def _receive(self, server: _Server, step: int, began: float, pushes: list[_Push]) -> None:
         missing = dict(server.chunks)
         while missing:
-            data = self._next(server, f"step {step}", f"{len(missing)} of {len(server.chunks)} weight chunks", began)
+            what = f"{len(missing)} of {len(server.chunks)} weight chunks"
+            try:
+                data: bytes = next(server.stream)
+            except (grpc.RpcError, StopIteration) as error:
+                if not self._return_seconds or self._expired or not _lost(error):
+                    raise self._fault(server, f"step {step}", what, began, error) from error
+                self._return_to(server, step, pushes)
+                missing = dict(server.chunks)
+                continue
             self.received_bytes += len(data)
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, data)
             stop = missing.pop(head.offset, None)
@@ -212,39 +294,78 @@ class ParameterServerExchange:
             if head.totals and head.offset == 0:
                 self._totals[:] = head.totals
 
+    def _return_to(self, server: _Server, step: int, pushes: list[_Push]) -> None:
+        """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
+        self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
+
+        def join() -> pb.JoinResponse:
+            server.reconnect()
+            response = self._join(server, self._return_seconds)
+            self._open_stream(server)
+            next(server.stream)
+            return response
+
+        began = time.perf_counter()
+        try:
+            response = self._with_retries(server, f"step {step}", join)
+        except (grpc.RpcError, StopIteration) as error:
+            raise self._fault(server, f"step {step}", "its return", began, error) from error
+        self._expires = time.monotonic() + self._timeout_seconds
+        lost = max(0, response.step - response.restored_step)
+        self.restarts += 1
+        self.steps_lost += lost
+        print(
+            f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "
+            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost} steps are lost",
+            file=sys.stderr,
+            flush=True,
+        )
+        for push in pushes:
+            server.outgoing.put(push)
+
     def _next(self, server: _Server, when: str, what: str, began: float) -> bytes:
         """The stream's next message, or a fault that says what was waited for since `began`."""
         try:
             data: bytes = next(server.stream)
         except (grpc.RpcError, StopIteration) as error:
-            seconds = time.perf_counter() - began
-            why = "no answer in time" if self._expired else _words(error)
-            raise TrainingFault(
-                f"parameter server {server.address}, {when}: {why} "
-                f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
-            ) from error
+            raise self._fault(server, when, what, began, error) from error
         return data
+
+    def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
+        seconds = time.perf_counter() - began
+        why = "no answer in time" if self._expired else _words(error)
+        return TrainingFault(
+            f"parameter server {server.address}, {when}: {why} "
+            f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
+        )
 
     def _watch(self) -> None:
         """Cancel the streams when a step's deadline has passed: gRPC has none for a part of a stream."""
         while not self._closed.wait(WATCH_SECONDS):
             if time.monotonic() > self._expires:
                 self._expired = True
-                for server in self._servers:
+                for server in self._own:
                     if server.stream is not None:
                         server.stream.cancel()
                 return
 
-    def _check_ranges(self) -> None:
-        """The shards together hold every element once."""
-        held = sorted((server.range.start, server.range.stop, server.address) for server in self._servers)
-        reached = 0
-        for start, stop, address in held:
-            if start != reached:
-                raise TrainingFault(f"parameter server {address} begins at element {start}, {reached} is next to hold")
-            reached = stop
-        if reached != len(self._parameters):
-            raise TrainingFault(f"the parameter servers hold {reached} of {len(self._parameters)} elements")
+
+def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
+    """Raise TrainingFault unless the servers (range, address) together hold each of `count` elements once."""
+    reached = 0
+    for elements, address in sorted(held, key=lambda pair: pair[0].start):
+        if elements.start != reached:
+            raise TrainingFault(
+                f"parameter server {address} begins at element {elements.start}, {reached} is next to hold"
+            )
+        reached = elements.stop
+    if reached != count:
+        raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")
+
+
+def _lost(error: Exception) -> bool:
+    """Whether the server's process may be gone, which is another thing than a request it refuses."""
+    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
 
 
 def _words(error: Exception) -> str:

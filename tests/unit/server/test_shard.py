@@ -239,3 +239,49 @@ def test_the_clock_of_a_step_begins_at_its_own_first_push() -> None:
     shard.receive(push_of(0, 2, 0), 1000.0)
     shard.expire(1004.0)
     assert shard.fault is None
+
+
+def back_from_a_snapshot(*steps: int) -> Shard:
+    """A shard whose process died, with the snapshot of step 4, joined by workers at `steps`."""
+    setup = ShardSetup(COUNT, "digest", WORKERS, generation=2, chunk_elements=CHUNK, decayed=DECAYED, restored=True)
+    shard = Shard(setup, adamw(), np.zeros(COUNT, np.float32), adamw().init(COUNT, np.float32), step=4)
+    for worker, step in enumerate(steps):
+        shard.join(worker, 2, COUNT, "digest", step)
+    return shard
+
+
+def test_a_shard_back_from_its_snapshot_waits_for_all_workers_and_goes_on_at_their_step() -> None:
+    shard = back_from_a_snapshot(9, 9)
+    assert shard.awaits_workers
+    shard.join(1, 2, COUNT, "digest", 9)  # told twice is told once
+    assert shard.awaits_workers
+    shard.join(2, 2, COUNT, "digest", 9)
+    assert not shard.awaits_workers
+    assert (shard.version, shard.restored_step) == ((9, 0), 4)
+    finish(shard, 10)
+    assert shard.version == (10, 0)
+    assert shard.fault is None
+
+
+def test_a_worker_that_had_no_answer_to_its_last_push_gets_the_weights_there_are() -> None:
+    shard = back_from_a_snapshot(9, 8, 9)
+    before = snapshot(shard)
+    (answer,) = shard.receive(push_of(1, 9, 4), 0.0)
+    assert (answer.workers, answer.step, answer.offset) == ((1,), 9, 4)
+    assert snapshot(shard) == before
+    finish(shard, 10)
+    assert shard.version == (10, 0)
+
+
+@pytest.mark.parametrize("steps", [(9, 7, 9), (3, 3, 3)])
+def test_workers_further_apart_than_a_step_or_behind_the_snapshot_are_a_fault(steps: tuple[int, ...]) -> None:
+    shard = back_from_a_snapshot(*steps)
+    assert shard.fault is not None
+    assert "back from its snapshot after step 4" in shard.fault
+
+
+def test_a_shard_that_never_died_keeps_its_step_whatever_a_worker_says() -> None:
+    shard = new_shard()
+    for worker in range(WORKERS):
+        shard.join(worker, 2, COUNT, "digest", 7)
+    assert shard.version == (0, 0)

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, slice_bounds
+from worker.sync.server_exchange import shard_parts
 
 
 @given(elements=st.integers(0, 100_000), slices=st.integers(1, 70))
@@ -23,3 +24,13 @@ def test_slices_begin_on_cache_lines_and_differ_by_two_lines_at_most(elements: i
     assert all(start % CACHE_LINE_ELEMENTS == 0 or start == elements for start, _ in bounds)
     lengths = [stop - start for start, stop in bounds]
     assert max(lengths) - min(lengths) <= 2 * CACHE_LINE_ELEMENTS
+
+
+@given(elements=st.integers(1, 100_000), servers=st.integers(1, 64))
+def test_no_shard_is_empty_and_there_are_as_many_as_asked_for_where_the_model_is_large_enough(
+    elements: int, servers: int
+) -> None:
+    parts = shard_parts(elements, servers)
+    assert all(start < stop for start, stop in parts)
+    assert (parts[0][0], parts[-1][1]) == (0, elements)
+    assert len(parts) == servers or len(parts) == -(-elements // CACHE_LINE_ELEMENTS) < servers

@@ -1,0 +1,273 @@
+"""Parameter servers behind the verb of every exchange: a node is one worker, whatever its number of ranks.
+
+A step: everyone's gradient lies in its own shared segment; fence; each rank adds up its slice over the node's segments,
+in rank order; fence; each server's elements are pushed by one rank of the node, which takes the weights into the node's
+only copy; fence. So what travels does not grow with the ranks of a node, and several servers are served by several
+ranks. Server k is started, and kept alive, by the lowest rank of node k (modulo the nodes).
+
+Rules: a rank's fault is told to its node behind the last fence, so that all leave together. Where the servers cut the
+vector changes no bit of the result.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from protos import environment, job_pb2
+from worker.checkpoint import STATE_PREFIX, Checkpoint
+from worker.engine.layers.layer import Finished
+from worker.engine.model import Model
+from worker.engine.params import decayed_ranges
+from worker.errors import TrainingFault, UsageFault
+from worker.initial_weights import InitialWeights
+from worker.server.process import Part
+from worker.server.supervision import SupervisedServer
+from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
+from worker.sync.between_nodes import sum_in_order
+from worker.sync.exchange import TOTALS, share_state
+from worker.sync.host_address import address_for_peers
+from worker.sync.node import Node
+from worker.sync.parameter_server import ParameterServerExchange, check_ranges
+from worker.sync.reduction import Reduction
+from worker.sync.statistics import ExchangeStatistics
+from worker.sync.world import World
+from worker.update import make_update
+
+SUM_ELEMENTS = 1 << 15  # added up at a time, so that they stay in cache
+FAULT_BYTES = 2048
+
+
+class ServerExchange:
+    """The exchange of one rank with the servers; arrays as in Exchange."""
+
+    finished: Finished | None = None
+
+    def __init__(self, world: World, node: Node, count: int, total_count: int, note: str | None) -> None:
+        """Collective. `use` makes it whole."""
+        self.note = note
+        self.node = node
+        self.statistics = ExchangeStatistics()
+        self.parameters = node.shared(count, np.float32)
+        self.segments = node.segments(count, np.float32)
+        self.gradient = self.segments[node.rank]
+        self.totals = np.zeros(total_count)
+        self._total_segments = node.segments(total_count, np.float64)
+        self._node_totals = node.shared(total_count, np.float64)
+        self._faults = node.segments(FAULT_BYTES, np.uint8)  # UTF-8, zeros behind it
+        self._counts = node.segments(3, np.int64)  # restarts, steps lost, bytes pushed
+        self._slice = slice_bounds(count, node.size)[node.rank]
+        self._world = world
+        self._servers: list[SupervisedServer] = []
+
+    def use(self, worker: ParameterServerExchange, servers: list[SupervisedServer], shard_count: int) -> None:
+        """Take this rank's connections, and the servers it has started. Collective."""
+        self._worker = worker
+        self._servers = servers
+        self._shard_count = shard_count
+
+    @property
+    def worker_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What a rank of the node pushes and fills in: the weights, the node's gradient and its totals."""
+        return self.parameters, self.segments[0], self._node_totals
+
+    def step(self, step: int, samples: int, learning_rate: float) -> None:
+        """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
+        began = perf_counter()
+        self._total_segments[self.node.rank][:] = self.totals
+        self._fence()
+        self._sum_up()
+        self._fence()
+        fault: TrainingFault | None = None
+        try:
+            self._worker.step(step, samples, learning_rate)
+        except TrainingFault as found:
+            fault = found
+        worker = self._worker
+        self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
+        self._agree(fault)
+        self.totals[:] = self._node_totals
+        statistics = self.statistics
+        statistics.exchange_seconds += perf_counter() - began
+        statistics.sent_bytes["grpc"] = worker.sent_bytes
+        statistics.received_bytes["grpc"] = worker.received_bytes
+
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: how many servers there were, what their deaths cost and what rank 0's node pushed."""
+        restarts, lost, pushed = np.sum(self._counts, axis=0).tolist()
+        return {
+            "servers": self._shard_count, "shard_restarts": restarts, "steps_lost": lost, "node_pushed_bytes": pushed
+        }  # fmt: skip
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
+
+    def gather_state(self) -> dict[str, np.ndarray]:
+        """As in Exchange: rank 0 asks the servers."""
+        if self._world.rank != 0:
+            return {}
+        arrays = self._worker.pull(state=True)
+        return {
+            name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
+        }
+
+    @contextmanager
+    def showing(self, name: str) -> Iterator[None]:
+        """As in Exchange: the lowest rank of each node asks the servers."""
+        own, fault = np.empty(0, np.float32), None
+        lowest = self.node.rank == 0
+        if lowest:
+            own = self.parameters.copy()
+            try:
+                self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
+            except TrainingFault as found:
+                fault = found
+        self._agree(fault)
+        yield
+        self.node.fence()
+        if lowest:
+            self.parameters[:] = own
+        self.node.fence()
+
+    def close(self) -> None:
+        """Leave, then end the servers once everybody has."""
+        self._worker.leave()
+        self._world.agree(lambda: None)
+        for server in self._servers:
+            server.stop()
+        self.node.close()
+
+    def _sum_up(self) -> None:
+        """Add up this rank's slice over the node's gradients, into that of its lowest rank."""
+        node = self.node
+        if node.rank == 0:
+            self._node_totals[:] = self._total_segments[0]
+            for totals in self._total_segments[1:]:
+                self._node_totals += totals
+        if node.size == 1:
+            return
+        start, stop = self._slice
+        for low in range(start, stop, SUM_ELEMENTS):
+            high = min(low + SUM_ELEMENTS, stop)
+            parts = [segment[low:high] for segment in self.segments]
+            sum_in_order(parts, parts[0])
+        own_bytes = 4 * (stop - start)
+        self.statistics.received("shared_memory", own_bytes * (node.size - 1))
+        self.statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
+
+    def _agree(self, fault: TrainingFault | None) -> None:
+        """Fence, behind which a fault of any rank of the node is raised on each of them."""
+        if fault is not None:
+            text = np.frombuffer(str(fault).encode()[:FAULT_BYTES], np.uint8)
+            self._faults[self.node.rank][: len(text)] = text
+        self._fence()
+        for told in self._faults:
+            if told[0]:
+                raise TrainingFault(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
+
+    def _fence(self) -> None:
+        began = perf_counter()
+        self.node.fence()
+        self.statistics.wait_seconds += perf_counter() - began
+
+
+def shard_parts(count: int, servers: int) -> list[tuple[int, int]]:
+    """The (start, stop) of each shard, cut on cache lines; fewer shards than asked for where one would be empty."""
+    return slice_bounds(count, min(servers, -(-count // CACHE_LINE_ELEMENTS)))
+
+
+def open_server_exchange(
+    world: World,
+    job: job_pb2.JobSpec,
+    model: Model,
+    resumed: Checkpoint | None,
+    resume: bool,
+    initial: InitialWeights | None,
+) -> ServerExchange:
+    """As `open_exchange`. Collective."""
+    count, total_count = model.parameter_count, len(TOTALS) + model.sum_count
+    asked = job.sync.parameter_server.servers
+    parts = shard_parts(count, asked)
+    optimizer = make_update(job)
+    world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
+    reason = leave_shared_memory(world, True, count, total_count)
+    node = Node(world)
+    lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
+    if len(parts) < asked:
+        lines.append(f"{len(parts)} parameter servers instead of {asked}: the model has {count} parameters")
+    exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None)
+    reduce = Reduction(world, node)
+    model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
+    if resume:
+        parameters = world.broadcast_array(resumed.parameters if resumed else None, count)
+        if node.rank == 0:
+            exchange.parameters[:] = parameters
+    elif node.rank == 0:
+        model.initialize(job.training.seed)
+        if initial is not None:
+            initial.load(model)
+    share_state(world, model, resumed)
+    node.fence()
+
+    lowest = [rank for rank, local in enumerate(world.gather_everywhere(node.rank)) if local == 0]
+    placed = [lowest[index % len(lowest)] for index in range(len(parts))]
+    mine = [index for index, rank in enumerate(placed) if rank == world.rank]
+    state = {
+        name: world.broadcast_array(resumed.state[name] if resumed else None, count)
+        for name in sorted(optimizer.init(0, np.float32))
+    } if resume else {}  # fmt: skip
+    step: int = world.broadcast(resumed.step if resumed else 0)
+    host = address_for_peers(world)
+    generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
+    token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)
+    decayed = decayed_ranges(model.slots, 0, count)
+
+    def start(index: int) -> SupervisedServer:
+        first, stop = parts[index]
+        own = Checkpoint(
+            *(step, 0, 0, model.layout_digest, decayed, exchange.parameters[first:stop]),
+            state={name: array[first:stop] for name, array in state.items()},
+        )
+        return SupervisedServer(job, own, Part(first, count), len(lowest), generation, token, host)
+
+    servers = world.agree(lambda: [start(index) for index in mine])
+    addresses = [""] * len(parts)
+    for rank, started in enumerate(world.gather_everywhere([server.address for server in servers])):
+        for index, address in zip((i for i, placed_on in enumerate(placed) if placed_on == rank), started, strict=True):
+            addresses[index] = address
+    number = sum(rank <= world.rank for rank in lowest) - 1 if node.rank == 0 else 0
+    worker = ParameterServerExchange(
+        addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
+        *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
+        pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
+    )  # fmt: skip
+    world.agree(worker.join)
+    held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]
+    world.agree(lambda: check_ranges(held, count))
+    exchange.use(worker, servers, len(parts))
+    return exchange
+
+
+def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]:
+    return [((elements.start, elements.stop), address) for elements, address in worker.held]
+
+
+def _check_one_shard(shards: int, job: job_pb2.JobSpec, has_trust_ratios: bool) -> None:
+    if shards == 1:
+        return
+    for used, what in (
+        (bool(job.training.clip_norm), "training.clip_norm"),
+        (has_trust_ratios, f"optimizer {job.optimizer.WhichOneof('kind')}"),
+    ):
+        if used:
+            raise UsageFault(
+                f"sync.parameter_server.servers: {job.sync.parameter_server.servers} beside {what}, which needs the "
+                "whole gradient in one place: take 1 server, or sync: all_reduce"
+            )
