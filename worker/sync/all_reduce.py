@@ -17,7 +17,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,9 @@ from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.trust_ratio import add_square_sums, tensors_within, trust_ratios
 from worker.trust_ratio import scale as scale_by_ratios
+
+if TYPE_CHECKING:
+    from worker.sync.reproducible import ShardBuffers
 
 CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
 
@@ -51,6 +54,8 @@ class AllReduceExchange:
         gradient: (parameter_count,) float32, this rank's own.
         totals: (total_count,) float64; a rank's sums before `step`, the sums over all ranks after it.
     """
+
+    shard_buffers: ShardBuffers | None = None
 
     def __init__(
         self,

@@ -26,6 +26,7 @@ from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.reduction import Reduction
+from worker.sync.reproducible import ReproducibleExchange, ShardBuffers, make_shard_buffers
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
@@ -53,6 +54,7 @@ class Exchange(Protocol):
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
     note: str | None  # something a person should know, such as a fallback
+    shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
@@ -87,7 +89,11 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+    arguments = world, make_update(job), count, decayed, total_count, job.training.clip_norm
+    if job.training.reproducible:
+        exchange: AllReduceExchange = ReproducibleExchange(*arguments, job.training.virtual_shards)
+    else:
+        exchange = AllReduceExchange(*arguments)
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -141,8 +147,16 @@ class ServerExchange:
 
     note: str | None = None
 
-    def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
+    def __init__(
+        self,
+        world: World,
+        worker: ParameterServerExchange,
+        model_vectors: Vectors,
+        server: Any,
+        shard_buffers: ShardBuffers | None = None,
+    ) -> None:
         self.parameters, self.gradient, self.totals = model_vectors
+        self.shard_buffers = shard_buffers
         self.statistics = ExchangeStatistics()
         self._world = world
         self._worker = worker
@@ -151,6 +165,8 @@ class ServerExchange:
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
         began = perf_counter()
+        if self.shard_buffers is not None:
+            self.shard_buffers.add(self.totals)
         self._worker.step(step, samples, learning_rate)
         statistics = self.statistics
         statistics.exchange_seconds += perf_counter() - began
@@ -227,9 +243,13 @@ def _open_parameter_server(
 
     server = world.agree(start)
     address: str = world.broadcast(server.address if server else None)
+    buffers = None
+    if job.training.reproducible:
+        buffers = make_shard_buffers(world, job.training.virtual_shards, count, len(vectors.totals))
     worker = ParameterServerExchange(
         [address], world.rank, world.size, generation, token, model.layout_digest, *vectors,
         timeout_seconds=1.5 * job.limits.stall_seconds,
+        pushed=buffers.pushed() if buffers else None,
     )  # fmt: skip
     world.agree(worker.join)
-    return ServerExchange(world, worker, vectors, server)
+    return ServerExchange(world, worker, vectors, server, buffers)

@@ -74,9 +74,12 @@ class ParameterServerExchange:
     def __init__(
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
+        pushed: tuple[Float32, NDArray[np.float64]] | None = None,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
+        `pushed` are a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which
+        go out in the place of `gradient` and `totals`.
         `timeout_seconds` is for one step. Keep it above the server's own, which knows whom a step waits for.
         """
         self.sent_bytes = 0
@@ -84,7 +87,8 @@ class ParameterServerExchange:
         self.wait_seconds = 0.0
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
-        self._parameters, self._gradient, self._totals = parameters, gradient, totals
+        self._parameters, self._totals = parameters, totals
+        self._gradient, self._pushed_totals = pushed or (gradient, totals)
         self._into = parameters.data.cast("B")
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
@@ -189,9 +193,9 @@ class ParameterServerExchange:
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
-                totals=self._totals if push.start == server.range.start else (),
+                totals=self._pushed_totals.reshape(-1) if push.start == server.range.start else (),
             )  # fmt: skip
-            data = encode(head, GRADIENT, self._gradient[push.start : push.stop])
+            data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
             self.sent_bytes += len(data)
             yield data
 
