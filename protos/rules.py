@@ -257,6 +257,17 @@ def _pieces_beside_synchronized(spec: JobSpec) -> Violation | None:
     )
 
 
+def _local_beside_synchronized(spec: JobSpec) -> Violation | None:
+    place = _synchronized_layer(spec.model, "model")
+    if not (spec.sync.HasField("local") and place):
+        return None
+    return Violation(
+        "sync.local",
+        f"is given beside {place}.synchronized, whose statistics all workers add up in every step; "
+        "remove one of the two",
+    )
+
+
 def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
     """The path of the first layer that is synchronized over the workers."""
     for index, layer in enumerate(layers):
@@ -273,14 +284,14 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
     """What `reproducible` cannot be had with, by the path of what is in its way."""
     if not spec.training.reproducible:
         return None
-    excluded = (
-        (_synchronized_layer(spec.model, "model"), "synchronized", "adds up statistics in the middle of a step"),
-    )
-    for place, name, why in excluded:
-        if place:
-            return Violation(
-                f"{place}.{name}", f"{why}, which `training.reproducible` rules out; remove one of the two"
-            )
+    layer = _synchronized_layer(spec.model, "model")
+    in_the_way = {
+        f"{layer}.synchronized": (layer, "adds up statistics in the middle of a step"),
+        "sync.local": (spec.sync.HasField("local"), "gives other weights for each number of replicas"),
+    }
+    for place, (given, why) in in_the_way.items():
+        if given:
+            return Violation(place, f"{why}, which `training.reproducible` rules out; remove one of the two")
     return None
 
 
@@ -316,6 +327,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _pieces_beside_synchronized,
     _reproducible_alone,
     _shards_of_reproducible,
+    _local_beside_synchronized,
     _metrics_for_the_loss,
 )
 

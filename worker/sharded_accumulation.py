@@ -101,7 +101,9 @@ def open_accumulator(
             model, exchange.gradient, exchange.totals, buffers, samples, training.micro_batch
         )  # fmt: skip
         return sharded, sharded.share
-    accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), training.micro_batch)
+    accumulator = Accumulator(
+        model, exchange.gradient, -(-batch_size // world.size), training.micro_batch, exchange.finished
+    )
     return accumulator, lambda first, last: share(first, last, world.rank, world.size)
 
 

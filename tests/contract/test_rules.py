@@ -262,6 +262,12 @@ def test_reproducible_does_not_go_with_sums_in_the_middle_of_a_step() -> None:
         "model[1].batch_norm.synchronized: adds up statistics in the middle of a step, "
         "which `training.reproducible` rules out; remove one of the two"
     ]
+    del spec.model[-1]
+    spec.sync.local.SetInParent()
+    assert faults(spec) == [
+        "sync.local: gives other weights for each number of replicas, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
 
 
 def test_virtual_shards_are_those_of_a_reproducible_job() -> None:
@@ -271,3 +277,33 @@ def test_virtual_shards_are_those_of_a_reproducible_job() -> None:
     spec.training.reproducible = True
     assert faults(spec) == []
     assert faults(rules.resolve(valid())) == []
+
+
+def test_local_steps_have_defaults_for_all_but_the_rate_of_plain_descent() -> None:
+    spec = valid()
+    spec.sync.local.SetInParent()
+    local = rules.resolve(spec).sync.local
+    assert (local.steps, local.replica, local.outer.WhichOneof("kind")) == (16, "node", "average")
+    spec.sync.local.outer.nesterov.SetInParent()
+    nesterov = rules.resolve(spec).sync.local.outer.nesterov
+    assert (nesterov.learning_rate, nesterov.momentum) == (0.7, 0.9)
+    spec.sync.local.outer.sgd.SetInParent()
+    spec.sync.local.steps = 0
+    spec.sync.local.replica = "host"
+    assert faults(spec) == [
+        "sync.local.steps: 0 is not at least 1",
+        "sync.local.outer.sgd.learning_rate: is required",
+        "sync.local.replica: 'host' is not one of: node, rank",
+    ]
+
+
+def test_local_steps_do_not_go_with_statistics_of_all_workers() -> None:
+    spec = valid()
+    spec.sync.local.SetInParent()
+    spec.model.add().batch_norm.SetInParent()
+    assert faults(spec) == []
+    spec.model[1].batch_norm.synchronized = True
+    assert faults(spec) == [
+        "sync.local: is given beside model[1].batch_norm.synchronized, whose statistics all workers add up in every "
+        "step; remove one of the two"
+    ]

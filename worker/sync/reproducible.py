@@ -23,8 +23,8 @@ import numpy as np
 from worker.clipping import norm_factor
 from worker.exact_sums import block_bounds, exact_totals, pieces, square_sums
 from worker.optimizers import CHUNK_ELEMENTS, Optimizer, Ranges
-from worker.sync.all_reduce import AllReduceExchange
-from worker.sync.node import Node, shared_memory_shortage
+from worker.sync.all_reduce import AllReduceExchange, leave_shared_memory
+from worker.sync.node import Node
 from worker.sync.reduction_tree import Folding, Subtree, fold, merge, most_slots, own_shards, shard_totals
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -91,9 +91,13 @@ class ReproducibleExchange(AllReduceExchange):
         total_count: int,
         clip_norm: float,
         shards: int,
+        shared_memory: bool = True,
     ) -> None:
+        """`shards`: that a batch is cut into. `shared_memory`: off makes every rank its own node."""
         depth = most_slots(shards, world.size)
-        self.note = _leave_shared_memory_if_short(world, depth * parameter_count, shards * total_count)
+        reason = leave_shared_memory(world, shared_memory, depth * parameter_count, shards * total_count)
+        self.note = f"shared memory is not used: {reason}; every rank is its own node" if reason else None
+        self.finished = self._between_nodes = None  # a subtree's sum is finished when its last shard's gradient is
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._optimizer, self._clip_norm, self._shards = optimizer, clip_norm, shards
@@ -114,7 +118,7 @@ class ReproducibleExchange(AllReduceExchange):
         owns_slice = node.rank < slices
         self.bounds = block_bounds(parameter_count, slices)[node.rank] if owns_slice else (0, 0)
         self._peers = world.comm.Split(node.rank if owns_slice else slices, world.rank)
-        self._between_nodes = owns_slice and self._peers.Get_size() > 1
+        self._has_peers = owns_slice and self._peers.Get_size() > 1
         self.state = optimizer.init(self.bounds[1] - self.bounds[0], np.float32)
         self._subtrees: list[np.ndarray] = []  # of the node, whole
         held: list[Subtree] = []
@@ -142,7 +146,7 @@ class ReproducibleExchange(AllReduceExchange):
         for chunk in self._own_chunks:
             for into, source in self._merges:
                 np.add(chunk.parts[into], chunk.parts[source], out=chunk.parts[into])
-        if self._between_nodes:
+        if self._has_peers:
             self._gather_subtrees()
         for chunk in self._own_chunks:
             np.divide(chunk.total, np.float32(samples), out=chunk.total)
@@ -188,13 +192,13 @@ class ReproducibleExchange(AllReduceExchange):
         elements = self.bounds[1] - self.bounds[0]
         remaining = list(self._remaining.values())
         everyones = [[Subtree(*part) for part in parts] for parts in self._peers.allgather(remaining)]
-        parts = list(itertools.chain(*everyones)) if self._between_nodes else []
+        parts = list(itertools.chain(*everyones)) if self._has_peers else []
         self._peer_counts = [len(parts) * elements for parts in everyones]
         self._peer_merges, whole = merge(parts, self._shards)
         self._received = np.empty((len(parts), elements), np.float32)
         self._outgoing = np.empty((len(remaining) if parts else 0, elements), np.float32)
         # The part that holds the sum over all shards in the end; a rank without a slice has none.
-        self._root = next(iter(whole if self._between_nodes else self._remaining), 0)
+        self._root = next(iter(whole if self._has_peers else self._remaining), 0)
 
     def _gather_subtrees(self) -> None:
         """Everyone's subtrees of this slice, merged into the sum over all shards."""
@@ -232,7 +236,7 @@ class ReproducibleExchange(AllReduceExchange):
         for low in range(start, stop, CHUNK_ELEMENTS):
             high = min(low + CHUNK_ELEMENTS, stop)
             here, within = slice(low, high), slice(low - start, high - start)
-            total = self._received[self._root][within] if self._between_nodes else self._subtrees[self._root][here]
+            total = self._received[self._root][within] if self._has_peers else self._subtrees[self._root][here]
             chunks.append(
                 ReproducibleChunk(
                     low,
@@ -264,14 +268,3 @@ class SharedSquares:
     def totals(self) -> list[float]:
         """Of each range, once every rank has written and a fence has passed."""
         return exact_totals(self._values, self._pieces, self._ranges)
-
-
-def _leave_shared_memory_if_short(world: World, elements: int, totals: int) -> str | None:
-    """As of the all-reduce, for `elements` of float32 and `totals` of float64 a rank."""
-    local_ranks = world.node_comm.Get_size()
-    needed = (4 * elements + 8 * totals) * (local_ranks + 1) + (1 << 20)
-    shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
-    if any(world.gather_everywhere(shortage is not None)):
-        world.split_nodes_into_ranks()
-        return shortage
-    return None

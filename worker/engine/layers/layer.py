@@ -23,6 +23,8 @@ Sums: TypeAlias = npt.NDArray[np.float64]
 # Adds up a float64 vector over all ranks, in place, to the same bits on each. Every rank calls it as often and in the
 # same order as the others.
 Reduce: TypeAlias = Callable[[Sums], None]
+# Is told while backward runs from which element on the gradient is finished: fewer each time, 0 at the end.
+Finished: TypeAlias = Callable[[int], None]
 
 
 class Moment(NamedTuple):
