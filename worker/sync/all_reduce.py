@@ -36,6 +36,7 @@ from worker.trust_ratio import scale as scale_by_ratios
 if TYPE_CHECKING:
     from worker.sync.reproducible import ShardBuffers
 
+WINDOWS_BYTES = 1 << 19  # for each rank, beside what its windows hold: their last pages, and MPI's own
 CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
 
 
@@ -318,7 +319,7 @@ def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_co
     if not wanted:
         reason = "sync.all_reduce.shared_memory is off"
     else:
-        needed = (4 * parameter_count + 8 * sum_count) * (local_ranks + 1) + (1 << 20)
+        needed = (4 * parameter_count + 8 * sum_count) * (local_ranks + 1) + local_ranks * WINDOWS_BYTES
         shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
         found = [f"{host}: {why}" for host, why in world.gather_everywhere([world.host, shortage]) if why]
         if not found:

@@ -1,7 +1,7 @@
 """How much of a gradient to exchange at a time, by a short measurement on the network of the run.
 
-A small bucket begins soon and leaves little behind the end of backward; one too small pays latency instead of bandwidth.
-So it is the smallest that moves bytes nearly as fast as the best.
+A small bucket sets out soon and leaves little behind the end of backward; one too small pays latency instead of
+bandwidth. So it is the smallest that moves bytes nearly as fast as the best.
 
 Rules: the measurement is bounded in time, and on a slow network stops at the sizes it can afford. Every rank comes to
 the same size, since each time is that of the slowest.

@@ -24,7 +24,9 @@ from worker.sync.node import Node
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 
-MOST_UNDER_WAY = 8
+# What may be under way at once: so many buckets, or so many bytes where that is more buckets.
+FEWEST_AT_ONCE = 8
+BYTES_AT_ONCE = 4 << 20
 
 
 class Bucket(NamedTuple):
@@ -63,18 +65,21 @@ class Buckets:
         # How far each local rank has come, growing from step to step: 0 is before the first.
         self._progress = node.segments(1, np.int64)
         self._under_way: deque[Any] = deque()
+        self._most_under_way = max(FEWEST_AT_ONCE, BYTES_AT_ONCE // max(1, self.bucket_bytes))
         self._next = 0  # bucket to set out
         self._steps = 0
         self._early = 0  # buckets that set out before `finish`, over all steps
         self.finished: Finished | None = self._finished if overlap else None
         size = f"{self.bucket_bytes / 1e3:.0f} KB"
-        self.lines = [f"gradients travel between nodes in buckets of {size}, as measured at the start"]
+        whole = self.bucket_bytes >= 4 * largest_slice
+        how = f"one bucket of {size}" if whole else f"buckets of {size}, as measured at the start"
+        self.lines = [f"gradients travel between nodes in {how}"]
 
     def finish(self) -> None:
         """As in BetweenNodes."""
         self._early += self._next
         while self._next < len(self._buckets):
-            if len(self._under_way) == MOST_UNDER_WAY:
+            if len(self._under_way) == self._most_under_way:
                 self._under_way.popleft().Wait()
             self._set_out()
         while self._under_way:
@@ -105,7 +110,7 @@ class Buckets:
         while (
             self._next < len(self._buckets)
             and self._buckets[self._next].start >= finished_from
-            and len(self._under_way) < MOST_UNDER_WAY
+            and len(self._under_way) < self._most_under_way
         ):
             self._set_out()
 

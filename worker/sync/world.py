@@ -1,6 +1,6 @@
 """The ranks of one attempt: who we are, small exchanges between all, and faults that end the job together.
 
-Rules: with `node.py` and `all_reduce.py` this is the only home of mpi4py. Objects travel between ranks as JSON, never
+Rules: this folder is the only home of mpi4py. Objects travel between ranks as JSON, never
 as pickles. One rank alone is a world of size 1, not a special case.
 """
 
