@@ -280,6 +280,33 @@ def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
     return None
 
 
+def _reproducible_alone(spec: JobSpec) -> Violation | None:
+    """What `reproducible` cannot be had with, by the path of what is in its way."""
+    if not spec.training.reproducible:
+        return None
+    layer = _synchronized_layer(spec.model, "model")
+    in_the_way = {
+        f"{layer}.synchronized": (layer, "adds up statistics in the middle of a step"),
+        "sync.local": (spec.sync.HasField("local"), "gives other weights for each number of replicas"),
+        "sync.all_reduce.wire_format": (
+            chosen_option(spec.sync.all_reduce.wire_format) not in (None, "float32"),
+            "rounds what each node sends",
+        ),
+    }
+    for place, (given, why) in in_the_way.items():
+        if given:
+            return Violation(place, f"{why}, which `training.reproducible` rules out; remove one of the two")
+    return None
+
+
+def _shards_of_reproducible(spec: JobSpec) -> Violation | None:
+    given = spec.training.virtual_shards
+    default = default_value(schema_of(spec.training).fields_by_name["virtual_shards"])
+    if spec.training.reproducible or given in (0, default):
+        return None
+    return Violation("training.virtual_shards", f"{given} is given without `reproducible`; set that or remove this")
+
+
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
 PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
 
@@ -302,6 +329,8 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _losses_to_watch,
     _one_clipping,
     _pieces_beside_synchronized,
+    _reproducible_alone,
+    _shards_of_reproducible,
     _local_beside_synchronized,
     _metrics_for_the_loss,
 )

@@ -186,7 +186,14 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.log_dir is not None:
         processes.redirect_output(arguments.log_dir, rank)
     processes.die_with_parent(os.environ)
-    processes.set_blas_threads(os.environ, os.cpu_count() or 1)
+    # Read before NumPy is loaded, which takes BLAS's threads from the environment; a fault is raised by all together.
+    found: job_pb2.JobSpec | UsageFault
+    try:
+        found = read_job(arguments.job, arguments.settings)
+    except UsageFault as fault:
+        found = fault
+    reproducible = not isinstance(found, UsageFault) and found.training.reproducible
+    processes.set_blas_threads(os.environ, os.cpu_count() or 1, reproducible)
 
     from worker.run import run_job
     from worker.sync.world import AgreedFault, World
@@ -199,6 +206,11 @@ def train(arguments: argparse.Namespace) -> int:
         if world.rank == 0:
             print(line, flush=True)
 
+    def job_found() -> job_pb2.JobSpec:
+        if isinstance(found, UsageFault):
+            raise found
+        return found
+
     def stalled(sentence: str) -> None:
         fail(place + sentence, ExitCode.FAILED)
         os._exit(ExitCode.FAILED)  # the main thread is blocked inside MPI; leaving makes the launcher end the others
@@ -206,7 +218,7 @@ def train(arguments: argparse.Namespace) -> int:
     try:
         # Together, though every rank reads the same file: one that left before rank 0 has spoken would silence it, for
         # the launcher then ends the others.
-        job = world.agree(lambda: read_job(arguments.job, arguments.settings))
+        job = world.agree(job_found)
     except AgreedFault as fault:
         return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
     watchdog = Watchdog(job.limits.stall_seconds, stalled)

@@ -18,7 +18,7 @@ from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
-from worker.errors import DataFault, UsageFault
+from worker.errors import DataFault, ModelFault, UsageFault
 from worker.metrics import MetricSums
 
 
@@ -86,8 +86,16 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
             f"sync.local: a batch of {batch} leaves some of the {world_size} ranks without a sample to take their own "
             "steps on; raise training.batch_size or take fewer workers"
         )
-    share = -(-batch // world_size)
-    prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)
+    shards = job.training.virtual_shards if job.training.reproducible else 0
+    share = -(-batch // (shards or world_size))
+    try:
+        prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)
+    except ModelFault as fault:
+        if not shards:
+            raise
+        raise ModelFault(
+            f"training.virtual_shards: {shards} cut a batch of {batch} into pieces of {share}; lower it, for {fault}"
+        ) from fault
 
 
 def remark(prepared: Prepared, job: job_pb2.JobSpec) -> str | None:

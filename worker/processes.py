@@ -26,8 +26,14 @@ def rank_before_mpi(environ: Mapping[str, str]) -> int:
     return _first_number(environ, RANK_VARIABLES, 0)
 
 
-def set_blas_threads(environ: dict[str, str] | os._Environ[str], cores: int) -> None:
-    """Share the machine's cores among its ranks. What the user has set stays."""
+def set_blas_threads(environ: dict[str, str] | os._Environ[str], cores: int, reproducible: bool = False) -> None:
+    """Share the machine's cores among its ranks. What the user has set stays, unless the result is to be reproducible:
+
+    OpenBLAS cuts a product among its threads, and another cut rounds otherwise.
+    """
+    if reproducible:
+        environ.update(dict.fromkeys(THREAD_VARIABLES, "1"))
+        return
     threads = max(1, cores // _first_number(environ, LOCAL_SIZE_VARIABLES, 1))
     for name in THREAD_VARIABLES:
         environ.setdefault(name, str(threads))

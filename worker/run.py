@@ -66,6 +66,10 @@ def run_job(
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
     world.agree(lambda: check_shares(prepared, job, world.size))
+    shards = job.training.virtual_shards
+    if job.training.reproducible and shards < world.size:
+        idle = f"{world.size - shards} of {world.size} workers"
+        say(f"{idle} have nothing to compute: training.virtual_shards is {shards}")
     initial = None
     if job.initialize_from and not resume:
         named = job.initialize_from

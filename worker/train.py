@@ -19,9 +19,8 @@ from time import perf_counter, time
 from typing import Any
 
 from protos import job_pb2
-from worker.accumulation import Accumulator
 from worker.data.ahead import open_reader
-from worker.data.sharding import batch_bounds, sample_order, share, steps_per_epoch
+from worker.data.sharding import batch_bounds, sample_order, steps_per_epoch
 from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault
 from worker.evaluation import Evaluator
@@ -29,6 +28,7 @@ from worker.measurements import Meter, Position, SteadyRate, make_report, rank_r
 from worker.optimizers import base_learning_rate
 from worker.preparation import Prepared
 from worker.schedules import make_schedule
+from worker.sharded_accumulation import open_accumulator
 from worker.stopping import why_stop
 from worker.sync.exchange import TOTALS, Exchange
 from worker.sync.world import World
@@ -75,17 +75,15 @@ def train(
     batch_size = min(job.training.batch_size or samples, samples)
     schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
-    accumulator = Accumulator(
-        model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch, exchange.finished
-    )
-    place = world.rank, world.size
+    accumulator, own_share = open_accumulator(world, model, exchange, job.training, batch_size)
     ranks_here = world.gather_everywhere(world.host).count(world.host)
     reader = open_reader(
         prepared.train, prepared.preprocessing, accumulator.capacity, prepared.augmentation, ranks_here
     )
     evaluator = None
     if prepared.validation is not None:
-        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics)
+        pieces = job.training.virtual_shards if job.training.reproducible else 0
+        evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics, pieces)
     model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
 
     checkpoint_time: float | None = None
@@ -116,10 +114,10 @@ def train(
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
             first, last = batch_bounds(batch, samples, job.training.batch_size)
-            low, high = share(first, last, *place)
+            low, high = own_share(first, last)
             following = order[:0]
             if batch < batches - 1:
-                following = order[slice(*share(*batch_bounds(batch + 1, samples, job.training.batch_size), *place))]
+                following = order[slice(*own_share(*batch_bounds(batch + 1, samples, job.training.batch_size)))]
             learning_rate = schedule(samples_done, losses)
 
             meter.start_step()

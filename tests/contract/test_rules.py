@@ -252,6 +252,33 @@ def test_pieces_of_a_batch_do_not_go_with_statistics_of_all_of_it(inside: bool) 
     ]
 
 
+def test_reproducible_does_not_go_with_sums_in_the_middle_of_a_step() -> None:
+    spec = valid()
+    spec.training.reproducible = True
+    spec.model.add().batch_norm.SetInParent()
+    assert faults(spec) == []
+    spec.model[-1].batch_norm.synchronized = True
+    assert faults(spec) == [
+        "model[1].batch_norm.synchronized: adds up statistics in the middle of a step, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
+    del spec.model[-1]
+    spec.sync.local.SetInParent()
+    assert faults(spec) == [
+        "sync.local: gives other weights for each number of replicas, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
+
+
+def test_virtual_shards_are_those_of_a_reproducible_job() -> None:
+    spec = valid()
+    spec.training.virtual_shards = 4
+    assert faults(spec) == ["training.virtual_shards: 4 is given without `reproducible`; set that or remove this"]
+    spec.training.reproducible = True
+    assert faults(spec) == []
+    assert faults(rules.resolve(valid())) == []
+
+
 def test_local_steps_have_defaults_for_all_but_the_rate_of_plain_descent() -> None:
     spec = valid()
     spec.sync.local.SetInParent()

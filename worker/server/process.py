@@ -87,6 +87,7 @@ def load_shard(
         mode=spec.sync.parameter_server.mode or "synchronous",
         decayed=tuple(start.decayed),
         clip_norm=spec.training.clip_norm,
+        virtual_shards=spec.training.virtual_shards if spec.training.reproducible else 0,
     )
     return Shard(setup, optimizer, start.parameters, state, start.step)
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from worker.clipping import norm_factor, sum_of_squares
+from worker.server.subtrees import Subtrees, exact_square_sum, exact_square_sums
 from worker.trust_ratio import add_square_sums, scale, trust_ratios
 from worker.wire import Float32, chunk_bounds, even_chunk_elements
 
@@ -52,6 +53,7 @@ class ShardSetup:
     step_timeout_seconds: float = 60.0  # from a step's first push to its last
     restored: bool = False  # from a snapshot, after a death: the step is the workers', once all have told theirs
     clip_norm: float = 0.0  # the mean gradient is scaled down to this norm, 0: never; for a shard of the whole vector
+    virtual_shards: int = 0  # of a reproducible job, whose workers push subtrees (subtrees.py); 0: any other job
 
     def __post_init__(self) -> None:
         if self.stop == -1:
@@ -69,7 +71,7 @@ class Push(NamedTuple):
     offset: int  # in the flat vector
     samples: int  # of the whole batch
     learning_rate: float
-    gradient: Float32  # sum over this worker's samples; kept until the chunk is applied, never written
+    gradient: Float32  # sum over this worker's samples, or subtrees; kept until the chunk is applied, never written
     totals: tuple[float, ...] = ()  # on the chunk at the shard's start only
 
 
@@ -133,6 +135,7 @@ class Shard:
         self.state = dict(state)
         self._optimizer = optimizer
         self._mode = MODES[setup.mode]
+        self._subtrees = Subtrees(setup.virtual_shards, setup.workers) if setup.virtual_shards else None
         bounds = chunk_bounds(setup.start, setup.stop, setup.chunk_elements)
         self._chunks = {
             start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step) for start, stop in bounds
@@ -232,7 +235,8 @@ class Shard:
         if len(means) < len(self._chunks):
             return []
         if self.setup.clip_norm:
-            factor = np.float32(norm_factor(math.fsum(map(sum_of_squares, means)), self.setup.clip_norm))
+            squares = exact_square_sum(self._sum) if self._subtrees else math.fsum(map(sum_of_squares, means))
+            factor = np.float32(norm_factor(squares, self.setup.clip_norm))
             for mean in means:
                 np.multiply(mean, factor, out=mean)
         if self._optimizer.direct:
@@ -264,8 +268,9 @@ class Shard:
                 f"{where}: no chunk begins there; they begin at {self.setup.start} and every "
                 f"{self.setup.chunk_elements} elements up to {self.setup.stop}"
             )
-        if len(push.gradient) != len(chunk.parameters):
-            raise Refused(f"{where}: {len(push.gradient)} elements, the chunk has {len(chunk.parameters)}")
+        needed = len(chunk.parameters) * (self._subtrees.rows[push.worker] if self._subtrees else 1)
+        if len(push.gradient) != needed:
+            raise Refused(f"{where}: {len(push.gradient)} elements, the chunk has {needed}")
         if push.step not in (chunk.step, self.step + 1) or push.step == 0:
             raise Conflict(f"{where}: the shard is at step {self.step + 1}")
         if chunk.step == push.step:
@@ -276,7 +281,7 @@ class Shard:
             raise Refused(f"{where}: learning rate {push.learning_rate} is not a finite number of at least 0")
         self._check_agreement(push, where)
         if not np.isfinite(push.gradient).all():
-            element = push.offset + int(np.argmin(np.isfinite(push.gradient)))
+            element = push.offset + int(np.argmin(np.isfinite(push.gradient))) % len(chunk.parameters)
             raise Refused(f"{where}: the gradient is not finite at element {element}: lower the learning rate")
         for worker in self._left:
             raise Conflict(f"{where}: {self._parted(worker)}")
@@ -286,6 +291,11 @@ class Shard:
         """Every push of a step states the same batch and rate, and as many totals."""
         if push.totals and push.offset != self.setup.start:
             raise Refused(f"{where}: totals ride on the chunk at {self.setup.start} only")
+        if self._subtrees and not self._subtrees.fits(push.worker, len(push.totals)):
+            shards = self._subtrees.shards[push.worker]
+            raise Refused(
+                f"{where}: {len(push.totals)} totals, which is not as many for each of {shards} virtual shards"
+            )
         if self._terms is None:
             return
         first = self._terms
@@ -296,7 +306,7 @@ class Shard:
             if given != agreed:
                 raise Refused(f"{where}: {name} {given}, but {self._name(first.worker)} said {agreed}")
         for other in self._chunks[push.offset].held.values():
-            if len(other.totals) != len(push.totals):
+            if not self._same_totals(other, push):
                 raise Refused(
                     f"{where}: {len(push.totals)} totals, but {self._name(other.worker)} sent {len(other.totals)}"
                 )
@@ -306,9 +316,12 @@ class Shard:
         pushes = [chunk.held[worker] for worker in sorted(chunk.held)]
         place = chunk.offset - self.setup.start if self._waits_for_all else 0
         chunk.mean = mean = self._sum[place : place + len(chunk.parameters)]
-        total = pushes[0].gradient
-        for other in pushes[1:]:
-            total = np.add(total, other.gradient, out=mean)
+        if self._subtrees:
+            total = self._subtrees.total([push.gradient for push in pushes], len(mean))
+        else:
+            total = pushes[0].gradient
+            for other in pushes[1:]:
+                total = np.add(total, other.gradient, out=mean)
         np.divide(total, np.float32(samples), out=mean)
         # Their sum is all that is needed: a chunk that waits for the norm holds no more memory than one vector.
         chunk.held = {push.worker: push._replace(gradient=mean[:0]) for push in pushes}
@@ -318,8 +331,11 @@ class Shard:
         assert self._optimizer.direct is not None
         decayed = self.setup.decayed
         self._optimizer.direct(self.parameters, self._sum, self.state, step, decayed)
-        sums = np.zeros((len(decayed), 2))
-        add_square_sums(sums, self.parameters, self._sum, decayed)
+        if self._subtrees:
+            sums = exact_square_sums(self.parameters, self._sum, decayed)
+        else:
+            sums = np.zeros((len(decayed), 2))
+            add_square_sums(sums, self.parameters, self._sum, decayed)
         scale(self._sum, decayed, trust_ratios(sums))
 
     def _apply(self, chunk: _Chunk, push: Push) -> Answer:
@@ -328,15 +344,23 @@ class Shard:
         workers = tuple(sorted(chunk.held))
         self._optimizer.update(chunk.parameters, chunk.mean, chunk.state, push.step, push.learning_rate, chunk.decayed)
         if chunk.offset == self.setup.start:
-            self._totals = tuple(
-                math.fsum(column) for column in zip(*(p.totals for p in chunk.held.values()), strict=True)
-            )
+            self._totals = self._summed_totals([chunk.held[worker].totals for worker in workers])
         chunk.held.clear()
         chunk.mean = None
         chunk.step = push.step
         if all(other.step == push.step for other in self._chunks.values()):
             self.step, self._terms = push.step, None
         return self._answer(chunk, workers)
+
+    def _same_totals(self, one: Push, other: Push) -> bool:
+        if self._subtrees:
+            return self._subtrees.agree(one.worker, len(one.totals), other.worker, len(other.totals))
+        return len(one.totals) == len(other.totals)
+
+    def _summed_totals(self, pushed: list[tuple[float, ...]]) -> tuple[float, ...]:
+        if self._subtrees:
+            return self._subtrees.totals(pushed)
+        return tuple(math.fsum(column) for column in zip(*pushed, strict=True))
 
     def _answer(self, chunk: _Chunk, workers: tuple[int, ...]) -> Answer:
         totals = self._totals if chunk.offset == self.setup.start else ()

@@ -18,7 +18,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,9 @@ from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.trust_ratio import add_square_sums, tensors_within, trust_ratios
 from worker.trust_ratio import scale as scale_by_ratios
+
+if TYPE_CHECKING:
+    from worker.sync.reproducible import ShardBuffers
 
 WINDOWS_BYTES = 1 << 19  # for each rank, beside what its windows hold: their last pages, and MPI's own
 CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
@@ -61,6 +64,8 @@ class AllReduceExchange:
         finished: where several nodes exchange early, what backward is to tell how far it has come.
         note: lines a person should know, such as why shared memory is not used.
     """
+
+    shard_buffers: ShardBuffers | None = None
 
     def __init__(
         self,

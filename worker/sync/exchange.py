@@ -22,6 +22,7 @@ from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.compressed_reduction import Wire
 from worker.sync.local_steps import LocalStepsExchange
 from worker.sync.reduction import Reduction
+from worker.sync.reproducible import ReproducibleExchange, ShardBuffers
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
@@ -39,6 +40,7 @@ class Exchange(Protocol):
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
     finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
+    shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
@@ -96,6 +98,12 @@ def open_exchange(
         exchange = LocalStepsExchange(
             *(world, job.sync.local, make_update(job), count, decayed, total_count, len(TOTALS)),
             clip_norm=job.training.clip_norm,
+        )
+    elif job.training.reproducible:
+        exchange = ReproducibleExchange(
+            *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+            shards=job.training.virtual_shards,
+            shared_memory=job.sync.all_reduce.shared_memory,
         )
     else:
         exchange = AllReduceExchange(

@@ -19,7 +19,7 @@ import math
 from collections import Counter
 from contextlib import AbstractContextManager
 from time import perf_counter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,6 +29,9 @@ from worker.errors import ReplicaFault
 from worker.optimizers import Optimizer, momentum, sgd
 from worker.sync.all_reduce import AllReduceExchange, slice_bounds
 from worker.sync.world import World
+
+if TYPE_CHECKING:
+    from worker.sync.reproducible import ShardBuffers
 
 OUTER_PREFIX = "outer."  # names the outer optimizer's arrays among the inner's
 
@@ -40,6 +43,8 @@ class LocalStepsExchange:
         total_count: how many of everything `totals` hold.
         carried: how many of the first of them are added up over the replicas; a replica needs the others for itself.
     """
+
+    shard_buffers: ShardBuffers | None = None
 
     def __init__(
         self,

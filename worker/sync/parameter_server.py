@@ -95,6 +95,7 @@ class ParameterServerExchange:
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
+        pushed: tuple[Float32, NDArray[np.float64]] | None = None,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -103,6 +104,8 @@ class ParameterServerExchange:
             pushes_to: which of the servers this process exchanges with, where others of the same worker take the rest;
                 None: all. It can pull from all.
             return_seconds: how long a server that is gone may take to come back.
+            pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
+                out in the place of `gradient` and `totals`.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -113,7 +116,8 @@ class ParameterServerExchange:
         self._return_seconds = return_seconds
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
-        self._parameters, self._gradient, self._totals = parameters, gradient, totals
+        self._parameters, self._totals = parameters, totals
+        self._gradient, self._pushed_totals = pushed or (gradient, totals)
         self._into = parameters.data.cast("B")
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
@@ -263,9 +267,9 @@ class ParameterServerExchange:
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
-                totals=self._totals if push.start == 0 else (),
+                totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
             )  # fmt: skip
-            data = encode(head, GRADIENT, self._gradient[push.start : push.stop])
+            data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
             self.sent_bytes += len(data)
             yield data
 

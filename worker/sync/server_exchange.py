@@ -36,6 +36,7 @@ from worker.sync.host_address import address_for_peers
 from worker.sync.node import Node
 from worker.sync.parameter_server import ParameterServerExchange, check_ranges
 from worker.sync.reduction import Reduction
+from worker.sync.reproducible import ShardBuffers, make_shard_buffers
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
@@ -49,9 +50,18 @@ class ServerExchange:
 
     finished: Finished | None = None
 
-    def __init__(self, world: World, node: Node, count: int, total_count: int, note: str | None) -> None:
-        """Collective. `use` makes it whole."""
+    def __init__(
+        self,
+        world: World,
+        node: Node,
+        count: int,
+        total_count: int,
+        note: str | None,
+        shard_buffers: ShardBuffers | None = None,
+    ) -> None:
+        """Collective. `use` makes it whole. With `shard_buffers`, which are what is pushed, every rank is a node."""
         self.note = note
+        self.shard_buffers = shard_buffers
         self.node = node
         self.statistics = ExchangeStatistics()
         self.parameters = node.shared(count, np.float32)
@@ -80,6 +90,8 @@ class ServerExchange:
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
         began = perf_counter()
+        if self.shard_buffers is not None:
+            self.shard_buffers.add(self.totals)
         self._total_segments[self.node.rank][:] = self.totals
         self._fence()
         self._sum_up()
@@ -197,12 +209,16 @@ def open_server_exchange(
     parts = shard_parts(count, asked)
     optimizer = make_update(job)
     world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
+    buffers = None
+    if job.training.reproducible:  # what each rank computes is added up by the servers alone, in the tree's order
+        world.split_nodes_into_ranks()
+        buffers = make_shard_buffers(world, job.training.virtual_shards, count, total_count)
     reason = leave_shared_memory(world, True, count, total_count)
     node = Node(world)
     lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
     if len(parts) < asked:
         lines.append(f"{len(parts)} parameter servers instead of {asked}: the model has {count} parameters")
-    exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None)
+    exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None, buffers)
     reduce = Reduction(world, node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     if resume:
@@ -247,6 +263,7 @@ def open_server_exchange(
         addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
         *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
         pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
+        pushed=buffers.pushed() if buffers else None,
     )  # fmt: skip
     world.agree(worker.join)
     held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]

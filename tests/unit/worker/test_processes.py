@@ -27,6 +27,12 @@ def test_more_ranks_than_cores_get_one_thread_each() -> None:
     assert environ["OPENBLAS_NUM_THREADS"] == "1"
 
 
+def test_a_reproducible_job_has_one_thread_whatever_is_set() -> None:
+    environ = {"OMP_NUM_THREADS": "7"}
+    processes.set_blas_threads(environ, cores=8, reproducible=True)
+    assert environ == dict.fromkeys(processes.THREAD_VARIABLES, "1")
+
+
 def test_output_of_python_and_of_c_goes_to_the_ranks_own_log(tmp_path: Path) -> None:
     program = (
         "import os, sys; from pathlib import Path; from worker import processes\n"
