@@ -269,6 +269,19 @@ def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
     return None
 
 
+def _whole_vector_in_one_step(spec: JobSpec) -> Violation | None:
+    mode = chosen_option(spec.sync.parameter_server.mode)
+    if mode in (None, "synchronous"):
+        return None
+    needs = "training.clip_norm" if spec.training.clip_norm else "optimizer.lamb"
+    if not spec.training.clip_norm and chosen_option(spec.optimizer) != "lamb":
+        return None
+    return Violation(
+        "sync.parameter_server.mode", f"{mode} is given beside {needs}, which needs all workers' gradients at once; "
+        "take synchronous or remove the other"
+    )  # fmt: skip
+
+
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
 PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
 
@@ -291,6 +304,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _losses_to_watch,
     _one_clipping,
     _pieces_beside_synchronized,
+    _whole_vector_in_one_step,
     _metrics_for_the_loss,
 )
 

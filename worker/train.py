@@ -146,6 +146,7 @@ def train(
                 steady.pause()
 
         train_loss = epoch_meter.mean_loss()
+        exchange.settle()
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
             with exchange.showing(AVERAGE) if averaged else nullcontext():

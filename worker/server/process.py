@@ -23,6 +23,7 @@ import numpy as np
 
 from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
+from worker.server.modes import mode_of
 from worker.server.shard import Shard, ShardSetup
 from worker.wire import keep_freed_memory
 
@@ -60,7 +61,7 @@ def load_shard(start_file: Path, spec: job_pb2.JobSpec, workers: int, generation
         layout_digest=start.layout_digest,
         workers=workers,
         generation=generation,
-        mode=spec.sync.parameter_server.mode or "synchronous",
+        mode=mode_of(spec.sync.parameter_server),
         decayed=tuple(start.decayed),
         clip_norm=spec.training.clip_norm,
     )

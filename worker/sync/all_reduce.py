@@ -153,6 +153,9 @@ class AllReduceExchange:
             statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
         self.totals[:] = self._node_totals
 
+    def settle(self) -> None:
+        """As in Exchange: every step leaves the ranks with the same weights."""
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
 

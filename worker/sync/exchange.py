@@ -57,6 +57,9 @@ class Exchange(Protocol):
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
 
+    def settle(self) -> None:
+        """Give every rank the same weights, those after everybody's last step. Collective."""
+
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
 
@@ -141,22 +144,33 @@ class ServerExchange:
 
     note: str | None = None
 
-    def __init__(self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any) -> None:
+    def __init__(
+        self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any, at_once: bool
+    ) -> None:
         self.parameters, self.gradient, self.totals = model_vectors
         self.statistics = ExchangeStatistics()
         self._world = world
         self._worker = worker
         self._server = server
+        self._at_once = at_once  # each rank goes on at its own pace
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
         began = perf_counter()
         self._worker.step(step, samples, learning_rate)
+        if self._at_once:
+            self.totals[TOTALS.index("report")] = 0  # ranks are not at one step, where all could report
         statistics = self.statistics
         statistics.exchange_seconds += perf_counter() - began
         statistics.wait_seconds = self._worker.wait_seconds
         statistics.sent_bytes["grpc"] = self._worker.sent_bytes
         statistics.received_bytes["grpc"] = self._worker.received_bytes
+
+    def settle(self) -> None:
+        """As in Exchange: where ranks go at their own pace, all ask the server once everybody's pushes are applied."""
+        if self._at_once:
+            self._world.agree(lambda: None)
+            self.parameters[:] = self._world.agree(lambda: self._worker.pull(state=False)["parameters"])
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""
@@ -192,6 +206,7 @@ def _open_parameter_server(
     initial: InitialWeights | None = None,
 ) -> ServerExchange:
     # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
+    from worker.server.modes import mode_of
     from worker.server.process import start_server_process
     from worker.sync.parameter_server import ParameterServerExchange
 
@@ -232,4 +247,4 @@ def _open_parameter_server(
         timeout_seconds=1.5 * job.limits.stall_seconds,
     )  # fmt: skip
     world.agree(worker.join)
-    return ServerExchange(world, worker, vectors, server)
+    return ServerExchange(world, worker, vectors, server, mode_of(job.sync.parameter_server).at_once)

@@ -21,6 +21,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
+from worker.data.sharding import share
 from worker.errors import TrainingFault
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -190,10 +191,16 @@ class ParameterServerExchange:
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._totals if push.start == server.range.start else (),
+                share_samples=self._share(push.samples),
             )  # fmt: skip
             data = encode(head, GRADIENT, self._gradient[push.start : push.stop])
             self.sent_bytes += len(data)
             yield data
+
+    def _share(self, samples: int) -> int:
+        """This worker's part of a batch of so many."""
+        low, high = share(0, samples, self._worker, self._workers)
+        return high - low
 
     def _receive(self, server: _Server, step: int, began: float) -> None:
         missing = dict(server.chunks)
