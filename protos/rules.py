@@ -257,6 +257,17 @@ def _pieces_beside_synchronized(spec: JobSpec) -> Violation | None:
     )
 
 
+def _local_beside_synchronized(spec: JobSpec) -> Violation | None:
+    place = _synchronized_layer(spec.model, "model")
+    if not (spec.sync.HasField("local") and place):
+        return None
+    return Violation(
+        "sync.local",
+        f"is given beside {place}.synchronized, whose statistics all workers add up in every step; "
+        "remove one of the two",
+    )
+
+
 def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
     """The path of the first layer that is synchronized over the workers."""
     for index, layer in enumerate(layers):
@@ -305,6 +316,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _one_clipping,
     _pieces_beside_synchronized,
     _whole_vector_in_one_step,
+    _local_beside_synchronized,
     _metrics_for_the_loss,
 )
 

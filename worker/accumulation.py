@@ -1,7 +1,8 @@
 """One rank's gradient of one batch, computed in pieces that fit its memory.
 
 Rules: sums, not means, so the pieces' gradients add up to the share's, whatever its size. A rank without samples
-computes a gradient of zeros.
+computes a gradient of zeros. The gradient is finished only in the last piece's backward pass, which then tells from
+which element on.
 """
 
 from __future__ import annotations
@@ -10,19 +11,26 @@ import numpy as np
 
 from worker.data.ahead import ReaderAhead
 from worker.data.batches import BatchReader
-from worker.engine.layers.layer import Moment
+from worker.engine.layers.layer import Finished, Moment
 from worker.engine.model import Model, Totals
 from worker.measurements import Meter
 
 
 class Accumulator:
-    """Computes shares of up to `share` samples, at most `micro_batch` at a time (0: the whole share)."""
+    """Computes shares of up to `share` samples, at most `micro_batch` at a time (0: the whole share).
 
-    def __init__(self, model: Model, gradient: np.ndarray, share: int, micro_batch: int) -> None:
+    `finished` is told, while the last backward pass runs, from which element on `gradient` is finished.
+    """
+
+    def __init__(
+        self, model: Model, gradient: np.ndarray, share: int, micro_batch: int, finished: Finished | None = None
+    ) -> None:
         self.capacity = min(share, micro_batch or share)
         self._model = model
         self._gradient = gradient
         self._sum = np.empty_like(gradient) if self.capacity < share else gradient
+        self._finished = finished
+        self._added_from = gradient.size  # from where on the last piece's gradient has the other pieces' sum in it
 
     def compute(
         self,
@@ -47,11 +55,26 @@ class Accumulator:
             meter.lap("data")
             totals = self._model.forward(features, targets, moment._replace(first=moment.first + first))
             meter.lap("forward")
-            self._model.backward()  # writes `gradient` anew
-            if first:
-                np.add(self._gradient, self._sum, out=self._gradient)
+            # It writes `gradient` anew.
             if first != pieces[-1]:
-                np.copyto(self._sum, self._gradient)
+                self._model.backward()
+                if first:
+                    np.add(self._gradient, self._sum, out=self._sum)
+                else:
+                    np.copyto(self._sum, self._gradient)
+            elif first:
+                self._added_from = self._gradient.size
+                self._model.backward(self._add_pieces)
+            else:
+                self._model.backward(self._finished)
             meter.lap("backward")
             loss, correct, samples = loss + totals.loss, correct + totals.correct, samples + totals.samples
         return Totals(loss, correct, samples)
+
+    def _add_pieces(self, first: int) -> None:
+        """The last piece's gradient is finished from here on: make it that of all pieces."""
+        behind = slice(first, self._added_from)
+        np.add(self._gradient[behind], self._sum[behind], out=self._gradient[behind])
+        self._added_from = first
+        if self._finished is not None:
+            self._finished(first)

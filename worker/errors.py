@@ -31,6 +31,10 @@ class TrainingFault(Fault):
     """Training cannot go on: the loss is not finite, a peer is gone."""
 
 
+class ReplicaFault(Fault):
+    """One replica of the model cannot go on, and the others do not know of it: it ends the job for all."""
+
+
 class CheckpointFault(Fault):
     """A checkpoint or model file is missing, damaged, or of another model."""
 

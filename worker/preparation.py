@@ -11,13 +11,14 @@ from dataclasses import dataclass
 from protos import job_pb2
 from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
+from worker.data.sharding import steps_per_epoch
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
 from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
-from worker.errors import DataFault
+from worker.errors import DataFault, UsageFault
 from worker.metrics import MetricSums
 
 
@@ -76,8 +77,27 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
 
     Raises:
         ModelFault: naming a layer that so few samples cannot train.
+        UsageFault: there are local steps, and ranks that would have nothing to take them on.
     """
     samples = len(prepared.train)
     batch = min(job.training.batch_size or samples, samples)
+    if job.sync.HasField("local") and batch < world_size:
+        raise UsageFault(
+            f"sync.local: a batch of {batch} leaves some of the {world_size} ranks without a sample to take their own "
+            "steps on; raise training.batch_size or take fewer workers"
+        )
     share = -(-batch // world_size)
     prepared.model.check_batch(min(share, job.training.micro_batch or share), batch)
+
+
+def remark(prepared: Prepared, job: job_pb2.JobSpec) -> str | None:
+    """What a person should know of a job that can run, though perhaps not as it was meant."""
+    if not job.sync.HasField("local"):
+        return None
+    steps = steps_per_epoch(len(prepared.train), job.training.batch_size)
+    if job.sync.local.steps <= steps:
+        return None
+    return (
+        f"sync.local.steps: {job.sync.local.steps} is more than the {steps} of an epoch, whose end is a meeting too: "
+        f"replicas meet every {steps}"
+    )

@@ -33,7 +33,7 @@ from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
-from worker.preparation import Prepared, check_shares, prepare
+from worker.preparation import Prepared, check_shares, prepare, remark
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync.exchange import Exchange, check_fits, open_exchange
@@ -79,7 +79,9 @@ def run_job(
     watchdog.doing("opening the exchange")
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
-        say(f"shared memory is not used: {exchange.note}")
+        say(exchange.note)
+    if remarkable := remark(prepared, job):
+        say(remarkable)
 
     best = None
     if job.training.keep_best:
@@ -116,6 +118,8 @@ def run_job(
             summary = summarize(job, result, prepared, world.size, max(peaks), process_start_time)
             if initial is not None:
                 summary["initialized"] = initial.summary()
+            if facts := exchange.facts():
+                summary["exchange"] = facts
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.

@@ -5,7 +5,8 @@ decided on the way is decided by others (schedules.py, stopping.py), and what is
 (measurements.py counts, the observers write).
 
 Rules: every rank runs the same steps in the same order, also those that have no samples in one. What ends training is
-known to all ranks at the same step.
+known to all ranks at the same step. Between two meetings of an exchange with local steps nothing is collective over all
+ranks; reports, evaluations and checkpoints come at meetings.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ def train(
 
     Raises:
         TrainingFault: on every rank alike, when the loss is no longer finite; names the step.
+        ReplicaFault: on one rank alone, likewise, where the others do not know of it.
     """
     began = perf_counter()
     model, seed, epochs = prepared.model, job.training.seed, job.training.epochs
@@ -73,7 +75,9 @@ def train(
     batch_size = min(job.training.batch_size or samples, samples)
     schedule = make_schedule(job.schedule, base_learning_rate(job.optimizer), samples, epochs)
 
-    accumulator = Accumulator(model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch)
+    accumulator = Accumulator(
+        model, exchange.gradient, -(-batch_size // world.size), job.training.micro_batch, exchange.finished
+    )
     place = world.rank, world.size
     ranks_here = world.gather_everywhere(world.host).count(world.host)
     reader = open_reader(
@@ -124,29 +128,31 @@ def train(
             exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
             exchange.step(step, last - first, learning_rate)
+            model.update_state()
+            counted = exchange.meet(last - first, model.state, ends_epoch=batch == batches - 1)
             meter.lap_exchange(exchange.statistics.update_seconds - update_seconds_before)
+            first_step_time = first_step_time or time()
+            samples_done += last - first
+            steady.step(last - first)
+            if not counted:
+                continue
 
             loss, correct, reports_due = exchange.totals[: len(TOTALS)].tolist()
-            mean_loss = loss / (last - first)
+            mean_loss = loss / counted
             highest_loss = highest_loss or DIVERGED * max(mean_loss, 1.0)
             if not mean_loss <= highest_loss:  # nan is not
                 raise TrainingFault(
                     f"step {step} (epoch {epoch + 1}): the loss is {mean_loss:g}; "
                     f"lower the learning rate ({learning_rate:g}) or scale the features"
                 )
-            model.update_state()
-            first_step_time = first_step_time or time()
-            samples_done += last - first
-            steady.step(last - first)
-            meter.add(loss, correct, last - first)
-            epoch_meter.add(loss, correct, last - first)
+            meter.add(loss, correct, counted)
+            epoch_meter.add(loss, correct, counted)
             if reports_due and batch < batches - 1:
                 report(Position(step, epoch + 1, samples_done), meter)
                 meter = Meter()
                 steady.pause()
 
         train_loss = epoch_meter.mean_loss()
-        exchange.settle()
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
             with exchange.showing(AVERAGE) if averaged else nullcontext():

@@ -124,7 +124,7 @@ def test_the_resolved_job_reads_like_a_job_file() -> None:
     text = to_yaml(parse_job(MINIMAL))
     assert "- dense: {units: 10, bias: true}\n" in text
     assert "loss:\n  softmax_cross_entropy: {label_smoothing: 0.0}\n" in text
-    assert "sync: all_reduce\n" in text
+    assert "sync:\n  all_reduce: {shared_memory: true}\n" in text
     assert "schedule:\n  constant: {}\n  warm_up_epochs: 0.0\n" in text
     assert "training: {epochs: 10, batch_size: 32, seed: 0, keep_checkpoints: 2" in text
 
@@ -272,3 +272,10 @@ def test_a_fault_is_named_once_with_its_path_and_what_is_allowed(line: str, faul
     (found,) = faults(minimal_with(line))
     pattern = "".join(".*" if part == ".*" else re.escape(part) for part in re.split(r"(\.\*)", fault))
     assert re.fullmatch(pattern, found)
+
+
+def test_shared_memory_can_be_switched_off_and_is_on_by_default() -> None:
+    off = parse_job(MINIMAL + "sync: {all_reduce: {shared_memory: off}}\n")
+    assert off.sync.all_reduce.shared_memory is False
+    assert parse_job(to_yaml(off)) == off
+    assert parse_job(MINIMAL).sync.all_reduce.shared_memory is True

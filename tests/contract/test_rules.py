@@ -263,3 +263,33 @@ def test_pieces_of_a_batch_do_not_go_with_statistics_of_all_of_it(inside: bool) 
         f"training.micro_batch: 8 is given beside {place}.synchronized, "
         "whose statistics are those of the whole batch at once; remove one of the two"
     ]
+
+
+def test_local_steps_have_defaults_for_all_but_the_rate_of_plain_descent() -> None:
+    spec = valid()
+    spec.sync.local.SetInParent()
+    local = rules.resolve(spec).sync.local
+    assert (local.steps, local.replica, local.outer.WhichOneof("kind")) == (16, "node", "average")
+    spec.sync.local.outer.nesterov.SetInParent()
+    nesterov = rules.resolve(spec).sync.local.outer.nesterov
+    assert (nesterov.learning_rate, nesterov.momentum) == (0.7, 0.9)
+    spec.sync.local.outer.sgd.SetInParent()
+    spec.sync.local.steps = 0
+    spec.sync.local.replica = "host"
+    assert faults(spec) == [
+        "sync.local.steps: 0 is not at least 1",
+        "sync.local.outer.sgd.learning_rate: is required",
+        "sync.local.replica: 'host' is not one of: node, rank",
+    ]
+
+
+def test_local_steps_do_not_go_with_statistics_of_all_workers() -> None:
+    spec = valid()
+    spec.sync.local.SetInParent()
+    spec.model.add().batch_norm.SetInParent()
+    assert faults(spec) == []
+    spec.model[1].batch_norm.synchronized = True
+    assert faults(spec) == [
+        "sync.local: is given beside model[1].batch_norm.synchronized, whose statistics all workers add up in every "
+        "step; remove one of the two"
+    ]

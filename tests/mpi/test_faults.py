@@ -65,9 +65,10 @@ def test_a_killed_rank_ends_the_job_at_once(start_ranks, endless_job, tmp_path, 
     assert "signal 9" in errors
 
 
-def test_a_rank_that_stands_still_ends_the_job_naming_step_and_limit(start_ranks, endless_job, tmp_path) -> None:
+@pytest.mark.parametrize("sync", ["all_reduce", "{local: {replica: rank, steps: 50}}"])
+def test_a_rank_that_stands_still_ends_the_job_naming_step_and_limit(start_ranks, endless_job, tmp_path, sync) -> None:
     job = ["-m", "worker", "train", endless_job, "-o", tmp_path / "out", "--set", "limits.stall_seconds=2"]
-    launcher = start_ranks(2, job)
+    launcher = start_ranks(2, [*job, "--set", f"sync={sync}"])
     wait_for_training(tmp_path / "out")
     stopped = rank_process(launcher, 1)
     os.kill(stopped, signal.SIGSTOP)

@@ -6,20 +6,21 @@ follow each other in layer order under names such as `0.dense.weight`.
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine.initializers import TRANSPARENT
-from worker.engine.layers.layer import Layer, Moment, Reduce, StatefulLayer, Sums, VaryingLayer
+from worker.engine.layers.layer import Finished, Layer, Moment, Reduce, StatefulLayer, Sums, VaryingLayer
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.engine.run_order import run_order
 from worker.errors import ModelFault
 
 if TYPE_CHECKING:
     from worker.engine.layers.batch_norm import BatchNorm
+    from worker.engine.layers.residual import Residual
 
 
 # The parameter of a layer that adds one number to each channel of its output.
@@ -83,8 +84,19 @@ class Chain:
         # Nothing before the first layer with parameters is asked for a parameter's gradient.
         trained = [index for index, layer in enumerate(self.running) if layer.parameters]
         self.first_trained = trained[0] if trained else len(self.running)
+        stops = list(accumulate((_elements(placed.layer) for placed in self.layers), initial=0))
+        self._starts = [stops[index] for index in order]  # of each running layer's parameters
+        # Where the parameters end of all layers that run before one: what lies behind is finished once it has run back.
+        ends = [stops[index + 1] if built[index].layer.parameters else 0 for index in order]
+        self._finished_from = list(accumulate(ends[:-1], max, initial=0))
+        self._holders: dict[int, Residual] = {
+            place: layer  # type: ignore[misc]  # what holds a chain is a Residual
+            for place, layer in enumerate(self.running)
+            if isinstance(getattr(layer, "inside", None), Chain)
+        }
         self._cancelled = _cancelled_biases([built[index] for index in order])
-        self._cancelled_gradients: list[tuple[BatchNorm, FloatArray]] = []
+        # By the running layer that writes them.
+        self._cancelled_gradients: dict[int, tuple[BatchNorm, FloatArray]] = {}
         # Asked once: isinstance of a protocol takes 5 us, which would be every layer's at every step.
         self._varying = [
             (index, placed.layer) for index, placed in enumerate(self.layers) if isinstance(placed.layer, VaryingLayer)
@@ -97,8 +109,12 @@ class Chain:
             stop = start + len(placed.layer.parameters)
             placed.layer.attach(values[start:stop], gradients[start:stop])
             start = stop
-        named = zip((parameter.name for parameter in self.parameters), gradients, strict=False)
-        self._cancelled_gradients = [(self._cancelled[n], g) for n, g in named if n in self._cancelled]
+        names = [parameter.name for parameter in self.parameters]
+        self._cancelled_gradients = {
+            place: (normalization, gradients[names.index(name)])
+            for name, (place, normalization) in self._cancelled.items()
+            if gradients and name in names  # a layer may have no bias
+        }
 
     def check_batch(self, at_once: int, batch: int) -> None:
         """ModelFault naming the layer that so few samples, in a rank at once and in the whole batch, cannot train."""
@@ -140,21 +156,30 @@ class Chain:
             x = layer.forward(x)
         return x
 
-    def backward_parameters(self, dy: FloatArray) -> FloatArray:
+    def backward_parameters(self, dy: FloatArray, finished: Finished | None = None) -> FloatArray:
         """Write the parameters' gradients, layer by layer from the last; dL/d(output of the first trained layer).
 
         Each layer turns its output's delta into its parameters' gradient and into the delta of the layer before (seed
-        document, steps 3 and 4).
+        document, steps 3 and 4). Parameters lie in layer order, so what is finished is always a suffix.
+
+        Args:
+            finished: called behind each layer with parameters; it counts from the chain's first parameter.
         """
         for index in range(len(self.running) - 1, self.first_trained - 1, -1):
             layer = self.running[index]
             if layer.parameters:
-                layer.backward_parameters(dy)
+                if finished is not None and index in self._holders:
+                    self._holders[index].backward_parameters(dy, self._finished_inside(index, finished))
+                else:
+                    layer.backward_parameters(dy)
+                if index in self._cancelled_gradients:
+                    normalization, gradient = self._cancelled_gradients[index]
+                    if normalization.training:
+                        gradient[...] = 0
+                if finished is not None:
+                    finished(self._finished_from[index])
             if index > self.first_trained:
                 dy = layer.backward_input(dy)
-        for normalization, gradient in self._cancelled_gradients:
-            if normalization.training:
-                gradient[...] = 0
         return dy
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
@@ -162,6 +187,11 @@ class Chain:
         for index in range(min(self.first_trained, len(self.running) - 1), -1, -1):
             dy = self.running[index].backward_input(dy)
         return dy
+
+    def _finished_inside(self, index: int, finished: Finished) -> Finished:
+        """What the layers inside a running layer tell: counted from their first parameter."""
+        start, floor = self._starts[index], self._finished_from[index]
+        return lambda first: finished(max(start + first, floor))
 
     def _build(
         self, layers: Sequence[job_pb2.Layer], order: Sequence[int], input_shape: Shape, nested: bool
@@ -198,8 +228,8 @@ class Chain:
         return self._fault_type(f"{self._place}[{index}].{kind}{joint}{fault}")
 
 
-def _cancelled_biases(running: Sequence[Placed]) -> dict[str, "BatchNorm"]:
-    """The biases that a batch_norm behind them takes off again with the mean, by name.
+def _cancelled_biases(running: Sequence[Placed]) -> dict[str, tuple[int, "BatchNorm"]]:
+    """The biases that a batch_norm behind them takes off again with the mean: by name, the layer's place and what does.
 
     Each adds one number to a channel, and in training batch_norm subtracts the channel's mean: the gradient is 0. What
     rounding leaves in its place would become full steps of an optimizer that divides by the gradient's size, other ones
@@ -207,12 +237,16 @@ def _cancelled_biases(running: Sequence[Placed]) -> dict[str, "BatchNorm"]:
     """
     from worker.engine.layers.batch_norm import BatchNorm
 
-    cancelled: dict[str, BatchNorm] = {}
+    cancelled: dict[str, tuple[int, BatchNorm]] = {}
     for index, placed in enumerate(running):
         behind = next((after.layer for after in running[index + 1 :] if after.kind not in KEEPS_BIAS), None)
         if isinstance(behind, BatchNorm) and placed.kind in CHANNEL_BIAS:
-            cancelled[f"{placed.place}.{CHANNEL_BIAS[placed.kind]}"] = behind
+            cancelled[f"{placed.place}.{CHANNEL_BIAS[placed.kind]}"] = index, behind
     return cancelled
+
+
+def _elements(layer: Layer) -> int:
+    return sum(math.prod(parameter.shape) for parameter in layer.parameters)
 
 
 def _values_per_sample(layer: Layer) -> int:

@@ -15,7 +15,7 @@ import numpy.typing as npt
 from protos import job_pb2
 from worker.engine.chain import Chain, Placed
 from worker.engine.initializers import fill
-from worker.engine.layers.layer import Moment, Reduce, Sums
+from worker.engine.layers.layer import Finished, Moment, Reduce, Sums
 from worker.engine.losses import LOSSES, Loss, Totals
 from worker.engine.params import FloatArray, ParameterSlot, Shape, lay_out, layout_digest, view
 from worker.errors import DataFault, ModelFault
@@ -164,20 +164,25 @@ class Model:
                 observe(outputs, targets)
             return self._loss.forward(outputs, targets)
 
-    def backward(self) -> None:
+    def backward(self, finished: Finished | None = None) -> None:
         """Write the gradient, summed over the samples of the last forward, layer by layer from the last.
 
         Nothing before the first layer with parameters needs a gradient.
+
+        Args:
+            finished: called from within with the element from which on the gradient is final, until that is 0.
         """
         if self._gradient is None or self._samples is None:
             raise RuntimeError("backward needs an attached gradient and follows forward")
         if self._samples == 0:
             if self._together:
                 self._chain.backward_parameters(np.empty((0, *self.output_shape), self.dtype))
-            self._gradient[...] = 0
+            self._gradient[...] = 0  # only now: on an empty batch a layer may leave what it had written before
+            if finished is not None:
+                finished(0)
             return
         with np.errstate(over="ignore", invalid="ignore"):
-            self._chain.backward_parameters(self._loss.backward())
+            self._chain.backward_parameters(self._loss.backward(), finished)
         self._samples = None
 
     def outputs(self, features: FloatArray) -> FloatArray:

@@ -1,8 +1,9 @@
 """All-reduce with the optimizer sharded over the node's ranks.
 
 The flat vector is cut into one slice for each local rank. A step: everyone's gradient lies in its own shared segment;
-fence; each rank adds up its slice over the node's segments, in rank order, exchanges it with its peers on other nodes,
-runs the optimizer on it and writes the node's only copy of the weights; fence. Optimizer state exists once per node.
+fence; each rank adds up its slice over the node's segments, in rank order, exchanges it with its peers on other nodes
+(buckets.py, which begins while backward runs), runs the optimizer on it and writes the node's only copy of the weights;
+fence. Optimizer state exists once per node.
 
 Rules: sums, not means, travel; the divisor is the global sample count, so uneven shares are exact. On nodes with
 unequal numbers of ranks there are as many slices as the smallest node has ranks. Clipping by global norm costs one more
@@ -17,18 +18,22 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from worker.clipping import norm_factor, sum_of_squares
+from worker.engine.layers.layer import Finished
 from worker.optimizers import CHUNK_ELEMENTS, Optimizer
+from worker.sync.between_nodes import BetweenNodes, Slice, sum_in_order
+from worker.sync.buckets import Buckets
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.trust_ratio import add_square_sums, tensors_within, trust_ratios
 from worker.trust_ratio import scale as scale_by_ratios
 
+WINDOWS_BYTES = 1 << 19  # for each rank, beside what its windows hold: their last pages, and MPI's own
 CACHE_LINE_ELEMENTS = 16  # slices begin on cache lines: two ranks never write the same one
 
 
@@ -50,6 +55,8 @@ class AllReduceExchange:
         parameters: (parameter_count,) float32, the node's one copy of the weights.
         gradient: (parameter_count,) float32, this rank's own.
         totals: (total_count,) float64; a rank's sums before `step`, the sums over all ranks after it.
+        finished: where several nodes exchange early, what backward is to tell how far it has come.
+        note: lines a person should know, such as why shared memory is not used.
     """
 
     def __init__(
@@ -60,8 +67,11 @@ class AllReduceExchange:
         decayed: list[tuple[int, int]],
         total_count: int,
         clip_norm: float = 0.0,
+        shared_memory: bool = True,
+        overlap: bool = True,
     ) -> None:
-        self.note = _leave_shared_memory_if_short(world, parameter_count, total_count)
+        """`shared_memory`: off makes every rank its own node. `overlap`: the exchange may begin before `step`."""
+        reason = _leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -79,15 +89,24 @@ class AllReduceExchange:
         self.bounds = slice_bounds(parameter_count, slices)[node.rank] if owns_slice else (0, 0)
         start, stop = self.bounds
         self._peers = world.comm.Split(node.rank if owns_slice else slices, world.rank)
-        self._between_nodes = owns_slice and self._peers.Get_size() > 1
+        several_nodes = node.size < world.size
         self.state = optimizer.init(stop - start, np.float32)
         self._clip_norm = clip_norm
         self._square_sums = node.segments(1, np.float64)
         tensors = len(decayed) if optimizer.direct else 0
         self._tensor_sums = [segment.reshape(tensors, 2) for segment in node.segments(2 * tensors, np.float64)]
         # Where the whole slice must be summed before any of it is used.
-        self._sums_first = self._between_nodes or clip_norm > 0 or optimizer.direct is not None
+        self._sums_first = several_nodes or clip_norm > 0 or optimizer.direct is not None
         self._slice_total = np.zeros(stop - start if self._sums_first else 0, np.float32)
+        self._between_nodes: BetweenNodes | None = None
+        if several_nodes:
+            own = Slice(start, [segment[start:stop] for segment in segments], self._slice_total, self._peers)
+            largest = max(high - low for low, high in slice_bounds(parameter_count, slices))
+            self._between_nodes = Buckets(world, node, own, parameter_count, largest, self.statistics, overlap)
+        self.finished: Finished | None = self._between_nodes.finished if self._between_nodes else None
+        lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
+        lines += self._between_nodes.lines if self._between_nodes else []
+        self.note = "\n".join(lines) or None
         self._chunks = self._cut(segments, start, stop, decayed)
         node.fence()
 
@@ -105,19 +124,17 @@ class AllReduceExchange:
         arrived = perf_counter()
         statistics.wait_seconds += arrived - began
 
-        self._exchange_totals()
+        totals_exchanged = self._exchange_totals()
         scale = np.float32(1.0 / samples)
         update = self._optimizer.update
         reducing, updating = 0.0, 0.0
-        if self._sums_first:
+        if self._between_nodes:
+            self._between_nodes.finish()
+        elif self._sums_first:
             for chunk in self._chunks:
                 _sum(chunk)
-        if self._between_nodes:
-            from mpi4py import MPI
-
-            self._peers.Allreduce(MPI.IN_PLACE, self._slice_total, op=MPI.SUM)
-            statistics.sent("mpi", self._slice_total.nbytes)
-            statistics.received("mpi", self._slice_total.nbytes)
+        if totals_exchanged is not None:
+            totals_exchanged.Wait()
         if self._clip_norm:
             scale *= np.float32(norm_factor(self._square_sum() / samples**2, self._clip_norm))
         before = perf_counter()
@@ -153,8 +170,13 @@ class AllReduceExchange:
             statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
         self.totals[:] = self._node_totals
 
-    def settle(self) -> None:
-        """As in Exchange: every step leaves the ranks with the same weights."""
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: of the exchange between nodes, where there are several."""
+        return self._between_nodes.facts() if self._between_nodes else {}
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step."""
+        return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's state over the whole vector, on rank 0 (elsewhere empty arrays). Collective.
@@ -229,21 +251,23 @@ class AllReduceExchange:
         self.statistics.wait_seconds += perf_counter() - began
         return trust_ratios(np.sum(self._tensor_sums, axis=0))
 
-    def _exchange_totals(self) -> None:
+    def _exchange_totals(self) -> Any:
+        """Start it; the request to wait for, or None."""
         node = self.node
         if node.rank != 0:
-            return
+            return None
         self._node_totals[:] = self._total_segments[0]
         for segment in self._total_segments[1:]:
             self._node_totals += segment
-        if self._peers.Get_size() > 1:
-            from mpi4py import MPI
+        if not self._between_nodes:
+            return None
+        from mpi4py import MPI
 
-            self._peers.Allreduce(MPI.IN_PLACE, self._node_totals, op=MPI.SUM)
+        return self._peers.Iallreduce(MPI.IN_PLACE, self._node_totals, op=MPI.SUM)
 
     def _cut(self, segments: list[np.ndarray], start: int, stop: int, decayed: list[tuple[int, int]]) -> list[Chunk]:
         # One rank alone sums nothing: its gradient is the total, and may be overwritten.
-        alone = len(segments) == 1 and not self._between_nodes
+        alone = len(segments) == 1 and self._between_nodes is None
         scratch = np.empty(min(CHUNK_ELEMENTS, stop - start), np.float32)
         chunks = []
         for low in range(start, stop, CHUNK_ELEMENTS):
@@ -276,23 +300,25 @@ def slice_bounds(elements: int, slices: int) -> list[tuple[int, int]]:
 
 
 def _sum(chunk: Chunk) -> None:
-    gradients = chunk.gradients
-    if not gradients:
-        return
-    if len(gradients) == 1:
-        np.copyto(chunk.total, gradients[0])
-        return
-    np.add(gradients[0], gradients[1], out=chunk.total)
-    for gradient in gradients[2:]:
-        np.add(chunk.total, gradient, out=chunk.total)
+    if chunk.gradients:
+        sum_in_order(chunk.gradients, chunk.total)
 
 
-def _leave_shared_memory_if_short(world: World, parameter_count: int, total_count: int) -> str | None:
-    """Make every rank its own node where the windows would not fit; returns the reason on the rank that saw it."""
+def _leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
+    """Make every rank its own node where that is asked for, or the windows would not fit somewhere; returns why.
+
+    Args:
+        sum_count: float64 sums of one rank that lie in windows too.
+    """
     local_ranks = world.node_comm.Get_size()
-    needed = (4 * parameter_count + 8 * total_count) * (local_ranks + 1) + (1 << 20)
-    shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
-    if any(world.gather_everywhere(shortage is not None)):
-        world.split_nodes_into_ranks()
-        return shortage
-    return None
+    if not wanted:
+        reason = "sync.all_reduce.shared_memory is off"
+    else:
+        needed = (4 * parameter_count + 8 * sum_count) * (local_ranks + 1) + local_ranks * WINDOWS_BYTES
+        shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
+        found = [f"{host}: {why}" for host, why in world.gather_everywhere([world.host, shortage]) if why]
+        if not found:
+            return None
+        reason = found[0]
+    world.split_nodes_into_ranks()
+    return reason

@@ -1,7 +1,7 @@
 """The gradient exchange a job asks for, behind one verb.
 
 `step` turns every rank's gradient into the next weights. Which way it goes (shared memory and MPI, or a parameter
-server) is chosen here, from `sync` in the job file, and nowhere else.
+server, or replicas that meet now and then) is chosen here, from `sync` in the job file, and nowhere else.
 """
 
 from __future__ import annotations
@@ -20,11 +20,13 @@ import numpy as np
 from protos import environment, job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import STATE_PREFIX, Checkpoint, write_checkpoint
+from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.local_steps import LocalStepsExchange
 from worker.sync.reduction import Reduction
 from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
@@ -52,13 +54,26 @@ class Exchange(Protocol):
     # TOTALS, then the sums of layers with state: this rank's before step, all ranks' after.
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
-    note: str | None  # something a person should know, such as a fallback
+    note: str | None  # lines a person should know, such as a fallback
+    finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
 
-    def settle(self) -> None:
-        """Give every rank the same weights, those after everybody's last step. Collective."""
+    def facts(self) -> dict[str, Any]:
+        """What summary.json says of this exchange under `exchange`; may be empty."""
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """Behind a step and the model's new state: bring all ranks to the same weights and state, where that is due.
+
+        Args:
+            samples: of the step's whole batch.
+            ends_epoch: it is due; everything of the exchange is then the same on every rank.
+
+        Returns:
+            Of how many samples `totals` now hold the sums, over all ranks and every step since it was last due; 0 where
+            it was not, and what is collective over all ranks must wait.
+        """
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """The optimizer's arrays over the whole vector, on rank 0. Collective."""
@@ -90,7 +105,17 @@ def open_exchange(
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
-    exchange = AllReduceExchange(world, make_update(job), count, decayed, total_count, job.training.clip_norm)
+    exchange: AllReduceExchange | LocalStepsExchange
+    if job.sync.WhichOneof("kind") == "local":
+        exchange = LocalStepsExchange(
+            *(world, job.sync.local, make_update(job), count, decayed, total_count, len(TOTALS)),
+            clip_norm=job.training.clip_norm,
+        )
+    else:
+        exchange = AllReduceExchange(
+            *(world, make_update(job), count, decayed, total_count, job.training.clip_norm),
+            shared_memory=job.sync.all_reduce.shared_memory,
+        )
     reduce = Reduction(world, exchange.node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
@@ -101,6 +126,8 @@ def open_exchange(
         for name in sorted(exchange.state):
             array = world.broadcast_array(resumed.state[name] if resumed else None, count)
             exchange.restore_state(name, array)
+        if isinstance(exchange, LocalStepsExchange):
+            exchange.restore_outer_state(resumed.state if resumed else {})
     elif lowest_of_node:
         model.initialize(job.training.seed)
         if initial is not None:
@@ -143,6 +170,7 @@ class ServerExchange:
     """A parameter server's worker seen as an Exchange: every rank is on its own, rank 0 owns the server process."""
 
     note: str | None = None
+    finished: Finished | None = None
 
     def __init__(
         self, world: World, worker: ParameterServerExchange, model_vectors: Vectors, server: Any, at_once: bool
@@ -166,11 +194,19 @@ class ServerExchange:
         statistics.sent_bytes["grpc"] = self._worker.sent_bytes
         statistics.received_bytes["grpc"] = self._worker.received_bytes
 
-    def settle(self) -> None:
-        """As in Exchange: where ranks go at their own pace, all ask the server once everybody's pushes are applied."""
-        if self._at_once:
-            self._world.agree(lambda: None)
+    def facts(self) -> dict[str, Any]:
+        """As in Exchange: none."""
+        return {}
+
+    def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
+        """As in Exchange: all ranks met in the step; where they go at their own pace, they meet at the epoch's end."""
+        if self._at_once and ends_epoch:
+            self._world.agree(lambda: None)  # everybody's pushes are applied
             self.parameters[:] = self._world.agree(lambda: self._worker.pull(state=False)["parameters"])
+            if len(model_state):
+                held = model_state if self._world.rank == 0 else None
+                model_state[:] = self._world.broadcast_array(held, len(model_state))
+        return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the server."""

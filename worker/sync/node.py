@@ -1,6 +1,7 @@
 """Memory that the ranks of one machine share: standard MPI-3 windows, seen as NumPy arrays.
 
-Rules: between two `fence()`s an element has one writer or many readers, never both. A rank alone on its node gets
+Rules: between two `fence()`s an element has one writer or many readers, never both, but for words of progress, which
+their readers poll. A rank alone on its node gets
 ordinary memory and its fences cost nothing.
 """
 
@@ -40,9 +41,15 @@ class Node:
         """Wait for every rank of the node; what was written before is seen by all after."""
         if self.size == 1:
             return
-        for window in self._windows:
-            window.Sync()
+        self.sync()
         self.comm.Barrier()
+        self.sync()
+
+    def sync(self) -> None:
+        """What was written before is in memory ahead of what is written after, and reads after it are fresh.
+
+        For a rank that leaves word in one array of what is ready in another; it waits for nobody.
+        """
         for window in self._windows:
             window.Sync()
 

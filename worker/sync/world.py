@@ -1,11 +1,12 @@
 """The ranks of one attempt: who we are, small exchanges between all, and faults that end the job together.
 
-Rules: with `node.py` and `all_reduce.py` this is the only home of mpi4py. Objects travel between ranks as JSON, never
+Rules: this folder is the only home of mpi4py. Objects travel between ranks as JSON, never
 as pickles. One rank alone is a world of size 1, not a special case.
 """
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import socket
@@ -65,6 +66,13 @@ class World:
     def split_nodes_into_ranks(self) -> None:
         """From here on every rank is a node of its own: nothing is shared."""
         self.node_comm = self.comm.Split(self.rank, 0)
+
+    def part(self, comm: Any) -> World:
+        """The ranks of `comm`, of one machine, as a world of their own."""
+        part = copy.copy(self)
+        part.comm = part.node_comm = comm
+        part.rank, part.size = comm.Get_rank(), comm.Get_size()
+        return part
 
     def agree(self, act: Callable[[], T]) -> T:
         """Run `act` on every rank; when it raises a Fault anywhere, raise the lowest such rank's fault everywhere.

@@ -1,12 +1,13 @@
 """Under mpirun: many sums over all ranks, of changing sizes and by ranks of changing haste; each must be right.
 
-Argument: ranks a node (0: ask MPI).
+Arguments: ranks a node (0: ask MPI), and how many bytes of shared memory rank 1 finds free (0: as many as there are).
 """
 
 import sys
 
 import numpy as np
 
+from worker.sync import reduction
 from worker.sync.node import Node
 from worker.sync.reduction import Reduction
 from worker.sync.world import World
@@ -16,6 +17,9 @@ ROUNDS = 400
 
 def main() -> None:
     world = World(ranks_per_node=int(sys.argv[1]) or None)
+    free = int(sys.argv[2])
+    if free and world.rank == 1:
+        reduction.shared_memory_shortage = lambda needed: "too little" if needed > free else None
     node = Node(world)
     reduce = Reduction(world, node)
     sizes = np.random.default_rng(0).integers(1, 300, ROUNDS)

@@ -34,9 +34,9 @@ class Block(NamedTuple):
 class Conv2d:
     """y_pqf = b_f + sum over i, j, c of x_(p s + i)(q s + j)c W_ijcf, x as padded.
 
-    The sum is one matrix product Y = U W + b: U (windows, kernel height * kernel width * channels) has in each row what
-    one window sees, and the weight, read as a matrix (the same, filters), lies in memory as it must. (Chellapilla et
-    al. 2006; known as im2col.)
+    The sum is one matrix product Y = U W: U (windows, kernel height * kernel width * channels + 1) has in each row what
+    one window sees and a 1 behind it, and W (the same, filters) is the weight, which lies in memory as it must, and the
+    bias below it. (Chellapilla et al. 2006; known as im2col. A bias added by itself is another pass over the output.)
     """
 
     reads_output: ClassVar[bool] = False
@@ -93,21 +93,17 @@ class Conv2d:
         self.d_padded = np.empty_like(self.padded)
         self.seen = self.windows.seen(self.padded)
         windows = self.slice_images * self.slice_rows * columns
-        self.unfolded = np.empty(windows * self.seen_values, dtype)
+        self.factors = np.empty((self.seen_values + len(self.bias), self.filters), dtype)
+        self.d_factors, self.d_factors_part = np.empty_like(self.factors), np.empty_like(self.factors)
+        self.unfolded = np.empty(windows * len(self.factors), dtype)
         self.d_seen = np.empty(windows * self.windows.channels, dtype)
         self.d_plain = np.empty((self.slice_images if self.tile else 0, *self.output_shape), dtype)
-        self.d_weight_part = np.empty((self.seen_values, self.filters), dtype)
-        self.d_bias_part = np.empty(self.filters, dtype)
-        self.ones = np.ones(windows, dtype)
 
     def _reserve_winograd(self, batch_size: int, dtype: npt.DTypeLike) -> None:
-        """What winograd.py needs; the input's gradient is a convolution of the output's as well."""
+        """What winograd.py needs."""
         before = (self.windows.down.before, self.windows.across.before)
-        behind = (2 - before[0], 2 - before[1])
-        tiled = self.tile is not None
-        self.to_output = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype)
-        self.to_input = winograd.Winograd(self.output_shape, self.input_shape, behind, batch_size, dtype)
-        self.to_output.gives_tiles = self.to_input.takes_tiles = tiled
+        self.winograd = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype)
+        self.winograd.tiled = self.tile is not None
         self.factors = np.empty((16, self.windows.channels, self.filters), dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
@@ -115,14 +111,13 @@ class Conv2d:
         self.x = x
         if self.is_winograd:
             y = self.y[: len(x)]
-            self.to_output.convolve(x, winograd.factors(self.weight, self.factors), self.bias, y)
+            self.winograd.convolve(x, winograd.factors(self.weight, self.factors), self.bias, y)
             return y
-        weight = self.weight.reshape(self.seen_values, self.filters)
+        self.factors[: self.seen_values] = self.weight.reshape(self.seen_values, self.filters)
+        for bias in self.bias:
+            self.factors[self.seen_values] = bias
         for block in self._blocks(len(x)):
-            y = self._matrix(self.y, block)
-            np.matmul(self._unfold(block), weight, out=y)
-            for bias in self.bias:
-                np.add(y, bias, out=y)
+            np.matmul(self._unfold(block), self.factors, out=self._matrix(self.y, block))
         return self.y[: len(x)]
 
     def backward_parameters(self, dy: FloatArray) -> None:
@@ -131,33 +126,25 @@ class Conv2d:
         dy_pqf/dW_ijcf is the value that stands at place i, j, c of window p, q: U^T dY. U is unfolded again, which
         costs less than keeping it: the whole batch's would not stay in the cache.
         """
-        if self.is_winograd:
-            self.to_output.gradient(self.x, dy, self.d_weight, self.d_bias)
+        if self.is_winograd:  # with the input's gradient, which is made of the same parts
+            self.winograd.gradients(self.x, self.factors, dy, self.d_weight, self.d_bias, self.dx[: len(dy)])
             return
-        d_weight = self.d_weight.reshape(self.seen_values, self.filters)
-        d_weight[...] = 0
-        for d_bias in self.d_bias:
-            d_bias[...] = 0
+        self.d_factors[...] = 0
         for block in self._blocks(len(dy)):
-            d_block = self._matrix(dy, block)
-            np.matmul(self._unfold(block).T, d_block, out=self.d_weight_part)
-            np.add(d_weight, self.d_weight_part, out=d_weight)
-            for d_bias in self.d_bias:
-                np.dot(self.ones[: len(d_block)], d_block, out=self.d_bias_part)
-                np.add(d_bias, self.d_bias_part, out=d_bias)
+            np.matmul(self._unfold(block).T, self._matrix(dy, block), out=self.d_factors_part)
+            np.add(self.d_factors, self.d_factors_part, out=self.d_factors)
+        self.d_weight.reshape(self.seen_values, self.filters)[...] = self.d_factors[: self.seen_values]
+        for d_bias in self.d_bias:
+            d_bias[...] = self.d_factors[self.seen_values]
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx_uvc = sum over all p, q, i, j with p s + i = u and q s + j = v of sum over f of W_ijcf dL/dy_pqf.
 
         For one place i, j of the kernel that is dY W_ij^T, added to every s-th pixel from i, j on: as many products as
         the kernel has places, each added while it is in cache, in runs as long as a row of the image.
-        With stride 1 it is the convolution of dY with the kernel turned round: p = u - i, so W_ij stands at -i, -j.
         """
         if self.is_winograd:
-            dx = self.dx[: len(dy)]
-            turned = winograd.factors(self.weight, self.factors, turned=True)
-            self.to_input.convolve(dy, turned.transpose(0, 2, 1), (), dx)
-            return dx
+            return self.dx[: len(dy)]
         for block in self._blocks(len(dy)):
             images = block.images.stop - block.images.start
             d_padded = self.d_padded[:images]
@@ -202,10 +189,17 @@ class Conv2d:
         seen = self.seen[:images, block.rows]
         if self.tile:
             seen = self.tile.split(seen)
-        values = self.unfolded[: seen.size]
+        ones = len(self.bias)
+        width = self.seen_values + ones
+        values = self.unfolded[: seen.size // self.seen_values * width]
         if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:
+            by_value = values.reshape(width, -1)
             order = (*range(seen.ndim - 3, seen.ndim), *range(seen.ndim - 3))
-            np.copyto(values.reshape([seen.shape[axis] for axis in order]), seen.transpose(order))
-            return values.reshape(self.seen_values, -1).T
-        np.copyto(values.reshape(seen.shape), seen)
-        return values.reshape(-1, self.seen_values)
+            target = by_value[: self.seen_values].reshape([seen.shape[axis] for axis in order])
+            np.copyto(target, seen.transpose(order))
+            by_value[self.seen_values :] = 1
+            return by_value.T
+        by_window = values.reshape(*seen.shape[:-3], width)
+        np.copyto(by_window[..., : self.seen_values].reshape(seen.shape), seen)
+        by_window[..., self.seen_values :] = 1
+        return by_window.reshape(-1, width)

@@ -23,6 +23,8 @@ Sums: TypeAlias = npt.NDArray[np.float64]
 # Adds up a float64 vector over all ranks, in place, to the same bits on each. Every rank calls it as often and in the
 # same order as the others.
 Reduce: TypeAlias = Callable[[Sums], None]
+# Is told while backward runs from which element on the gradient is finished: fewer each time, 0 at the end.
+Finished: TypeAlias = Callable[[int], None]
 
 
 class Moment(NamedTuple):
@@ -60,7 +62,10 @@ class Layer(Protocol):
         """Write (not add) the gradients of the parameters, summed over the batch, given dy = dL/dy."""
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
-        """dL/dx (n, *input_shape) given dy = dL/dy (n, *output_shape), which may be written over."""
+        """dL/dx (n, *input_shape) given dy = dL/dy (n, *output_shape), which may be written over.
+
+        Comes after `backward_parameters` of the same dy where the layer has parameters.
+        """
 
 
 @runtime_checkable

@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine import chain  # the module: it needs the table of layers, which needs this file
-from worker.engine.layers.layer import Moment, Reduce, Sums
+from worker.engine.layers.layer import Finished, Moment, Reduce, Sums
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -66,11 +66,14 @@ class Residual:
         """x + F(x)."""
         return np.add(x, self.inside.forward(x), out=self.y[: len(x)])
 
-    def backward_parameters(self, dy: FloatArray) -> None:
-        """dF/dy = 1: the layers inside get dy as it is, as far back as one is trained."""
+    def backward_parameters(self, dy: FloatArray, finished: Finished | None = None) -> None:
+        """dF/dy = 1: the layers inside get dy as it is, as far back as one is trained.
+
+        `finished` counts from the first parameter inside.
+        """
         delta = self.delta[: len(dy)]
         np.copyto(delta, dy)
-        self.delta_inside = self.inside.backward_parameters(delta)
+        self.delta_inside = self.inside.backward_parameters(delta, finished)
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx = dy + (dF/dx)^T dy: what passes F by, and what goes through it."""

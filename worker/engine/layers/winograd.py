@@ -20,12 +20,15 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from worker.engine.layers.tiles import Tile, copy_from_tiles, quarters
+from worker.engine.layers.tiles import quarters
 from worker.engine.layers.window import Windows
 from worker.engine.params import FloatArray, Shape
 
 # What one slice's products read and write, a little more than an L2 of today: half of it pays for more calls.
 SLICE_BYTES: Final = 2 * 1024 * 1024
+# What the products of a whole batch read, four times its images, is kept from forward to backward up to so much: making
+# it anew takes a tenth of the layer's step.
+KEPT_BYTES: Final = 16 * 1024 * 1024
 # With fewer channels or filters the additions cost more than the products they save: on 14 x 14 a step of 16 to 16 took
 # 2.3 ms instead of 1.8, of 32 to 32 it took 4.5 instead of 4.7.
 LEAST_CHANNELS: Final = 32
@@ -43,13 +46,9 @@ def pays(windows: Windows, filters: int) -> bool:
     return fits and min(channels, filters) >= LEAST_CHANNELS
 
 
-def factors(weight: FloatArray, out: FloatArray, turned: bool = False) -> FloatArray:
-    """A weight (3, 3, channels, filters) as factors of the 16 products, out (16, channels, filters).
-
-    `turned`: of the kernel turned upside down and left to right, as the gradient of the input needs it.
-    """
-    both = FACTORS_BOTH[:, ::-1] if turned else FACTORS_BOTH
-    np.matmul(both.astype(out.dtype), weight.reshape(9, -1), out=out.reshape(16, -1))
+def factors(weight: FloatArray, out: FloatArray) -> FloatArray:
+    """A weight (3, 3, channels, filters) as factors of the 16 products, out (16, channels, filters)."""
+    np.matmul(FACTORS_BOTH.astype(out.dtype), weight.reshape(9, -1), out=out.reshape(16, -1))
     return out
 
 
@@ -57,29 +56,35 @@ class Winograd:
     """y_pqf = b_f + sum over i, j, c of x_(p + i - before)(q + j - before)c g_ijcf, in buffers of its own.
 
     Attributes:
-        takes_tiles: x lies as tiles of 2 x 2 (tiles.py).
-        gives_tiles: y and dy do.
+        tiled: y and dy lie as tiles of 2 x 2 (tiles.py).
     """
 
-    takes_tiles = False
-    gives_tiles = False
+    tiled = False
 
     def __init__(
         self, input_shape: Shape, output_shape: Shape, before: tuple[int, int], batch_size: int, dtype: npt.DTypeLike
     ) -> None:
         """Shapes are (height, width, channels); `before` is what is added in front of the image, down and across."""
-        height, width, self.channels = input_shape
+        self.height, self.width, self.channels = input_shape
+        self.before = before
         self.rows, columns, self.filters = output_shape
         self.down, self.across = -(-self.rows // 2), -(-columns // 2)  # tiles
-        row_bytes = 16 * self.across * (self.channels + self.filters) * np.dtype(dtype).itemsize
+        itemsize = np.dtype(dtype).itemsize
+        row_bytes = 16 * self.across * (self.channels + self.filters) * itemsize
         self.slice_rows = min(max(SLICE_BYTES // row_bytes, 1), self.down)
         self.slice_images = min(max(SLICE_BYTES // (row_bytes * self.down), 1), max(batch_size, 1))
-        # What surrounds the image is written here, once, and stays 0.
-        self.padded = np.zeros((self.slice_images, 2 * self.down + 2, 2 * self.across + 2, self.channels), dtype)
-        self.inside = self.padded[:, before[0] : before[0] + height, before[1] : before[1] + width]
+        # Even columns, then odd ones, so that what tiles see at one place lies in long runs. What surrounds the image
+        # is written here, once, and stays 0.
+        self.padded = np.zeros((self.slice_images, 2 * self.down + 2, 2, self.across + 1, self.channels), dtype)
+        self.d_padded = np.empty_like(self.padded)
         tiles = self.slice_images * self.slice_rows * self.across
-        self.halfway = np.empty(4 * self.slice_images * self.slice_rows * self.padded.shape[2] * self.channels, dtype)
-        self.seen = np.empty(16 * tiles * self.channels, dtype)
+        self.halfway = np.empty(8 * (tiles + self.slice_images * self.slice_rows) * self.channels, dtype)
+        # What the products read: of the whole batch, for `gradients`, where that is not too much.
+        slices = -(-batch_size // self.slice_images) * -(-self.down // self.slice_rows)
+        most = KEPT_BYTES // (16 * tiles * self.channels * itemsize)
+        self.seen = np.empty((max(min(slices, most), 1), 16 * tiles * self.channels), dtype)
+        self.d_seen = np.empty(16 * tiles * self.channels, dtype)
+        self.part = np.empty(4 * (tiles + self.slice_images * self.slice_rows) * self.channels, dtype)
         self.products = np.empty(16 * tiles * self.filters, dtype)
         self.folded = np.empty(8 * tiles * self.filters, dtype)
         self.ones = np.ones(tiles, dtype)
@@ -90,40 +95,51 @@ class Winograd:
 
     def convolve(self, x: FloatArray, kernels: FloatArray, bias: Sequence[FloatArray], out: FloatArray) -> None:
         """x (n, *input_shape), kernels (16, channels, filters) from `factors` -> out (n, *output_shape)."""
-        for images, top, stop in self._blocks(len(x)):
-            count = images.stop - images.start
-            if top == 0:
-                self._surround(x[images])
-            shape = (count, stop - top, self.across)
-            seen = self._see(self.padded[:count, 2 * top : 2 * stop + 2], shape)
+        kept = self._is_kept(len(x))
+        for number, (images, top, stop) in enumerate(self._blocks(len(x))):
+            shape = (images.stop - images.start, stop - top, self.across)
+            seen = self._see(x, number if kept else 0, images, top, shape)
             products = self.products[: 16 * seen.shape[1] * self.filters].reshape(16, -1, self.filters)
             np.matmul(seen, kernels, out=products)
             for values in bias:  # the product (1, 1) is in all four outputs, once
                 np.add(products[5], values, out=products[5])
             self._fold(products.reshape(4, 4, *shape, self.filters), self._quarters(out[images], top, stop))
 
-    def gradient(self, x: FloatArray, dy: FloatArray, d_weight: FloatArray, d_bias: Sequence[FloatArray]) -> None:
-        """dL/dg_ijcf into d_weight (3, 3, channels, filters) and dL/db_f into d_bias, of `convolve`.
+    def gradients(
+        self, x: FloatArray, kernels: FloatArray, dy: FloatArray, d_weight: FloatArray, d_bias: Sequence[FloatArray],
+        dx: FloatArray,
+    ) -> None:  # fmt: skip
+        """dL/dg_ijcf into d_weight (3, 3, channels, filters), dL/db_f into d_bias, dL/dx into dx, after `convolve`.
 
         The outputs of a tile are sums over the products m with signs, y = A^T m A, and m_k = (B^T d B)_k (G g G^T)_k.
         So dL/dm = A dy A^T, dL/d(G g G^T)_k = sum over tiles of (B^T d B)_k dL/dm_k, 16 matrix products again, and
-        dL/dg = G^T (that) G. dL/dm of product (1, 1) is the sum of its tile's dy, which makes it the bias' too.
+        dL/dg = G^T (that) G. In the same way dL/d(B^T d B)_k = dL/dm_k (G g G^T)_k, summed over filters, 16 more, and
+        dL/dd = B (that) B^T, added up where tiles overlap. dL/dm of product (1, 1) is the sum of its tile's dy, which
+        makes it the bias' too.
         """
+        kept = self._is_kept(len(x))
         total, part = self.d_factors
         total[...] = 0
         for values in d_bias:
             values[...] = 0
-        for images, top, stop in self._blocks(len(x)):
+        for number, (images, top, stop) in enumerate(self._blocks(len(x))):
             shape = (images.stop - images.start, stop - top, self.across)
-            if top == 0:
-                self._surround(x[images])
-            seen = self._see(self.padded[: shape[0], 2 * top : 2 * stop + 2], shape)
+            if kept:
+                seen = self._take(self.seen[number], 16, math.prod(shape), self.channels)
+            else:
+                seen = self._see(x, 0, images, top, shape)
             d_products = self._unfold(self._quarters(dy[images], top, stop), shape)
             np.matmul(seen.transpose(0, 2, 1), d_products, out=part)
             np.add(total, part, out=total)
             for values in d_bias:
                 np.dot(self.ones[: seen.shape[1]], d_products[5], out=self.d_bias_part)
                 np.add(values, self.d_bias_part, out=values)
+            d_seen = self.d_seen[: seen.size].reshape(seen.shape)
+            np.matmul(d_products, kernels.transpose(0, 2, 1), out=d_seen)
+            self._scatter(d_seen.reshape(4, 4, *shape, self.channels), top)
+            if stop == self.down:
+                for source, target in self._places(self.d_padded, dx[images]):
+                    np.copyto(target, source)
         np.matmul(FACTORS_BOTH.T.astype(total.dtype), total.reshape(16, -1), out=d_weight.reshape(9, -1))
 
     def _blocks(self, samples: int) -> Iterator[tuple[slice, int, int]]:
@@ -133,26 +149,54 @@ class Winograd:
                 images = slice(first, min(first + self.slice_images, samples))
                 yield images, top, min(top + self.slice_rows, self.down)
 
-    def _see(self, padded: FloatArray, shape: Shape) -> FloatArray:
+    def _is_kept(self, samples: int) -> bool:
+        """Whether what the products of so many samples read is there until `gradients`."""
+        return -(-samples // self.slice_images) * -(-self.down // self.slice_rows) <= len(self.seen)
+
+    def _see(self, x: FloatArray, number: int, images: slice, top: int, shape: Shape) -> FloatArray:
         """What the 16 products read, (16, tiles, channels): the differences and sums of d in both directions."""
         count, rows, columns = shape
-        size = 4 * count * rows * padded.shape[2] * self.channels
-        halfway = self.halfway[:size].reshape(4, count, rows, -1, self.channels)
-        seen = self.seen[: 16 * count * rows * columns * self.channels].reshape(4, 4, *shape, self.channels)
+        if top == 0:
+            for target, source in self._places(self.padded, x[images]):
+                np.copyto(target, source)
+        padded = self.padded[:count, 2 * top : 2 * (top + rows) + 2]
+        halfway = self._take(self.halfway, 4, count, rows, *padded.shape[2:])
+        seen = self._take(self.seen[number], 4, 4, *shape, self.channels)
         _differences([padded[:, k : k + 2 * rows : 2] for k in range(4)], halfway)
-        _differences([halfway[:, :, :, k : k + 2 * columns : 2] for k in range(4)], seen.swapaxes(0, 1))
+        _differences(
+            [halfway[:, :, :, k % 2, k // 2 : k // 2 + columns] for k in range(4)], seen.swapaxes(0, 1)
+        )  # fmt: skip
         return seen.reshape(16, -1, self.channels)
 
-    def _surround(self, x: FloatArray) -> None:
-        """Write the images into `padded`."""
-        if self.takes_tiles:
-            copy_from_tiles(x, self.inside[: len(x)], Tile(2, 2))
-        else:
-            self.inside[: len(x)] = x
+    def _scatter(self, d_seen: FloatArray, top: int) -> None:
+        """Add dL/d(B^T d B) (4, 4, n, rows, columns, channels), which is written over, to dL/dd in `d_padded`."""
+        _, _, count, rows, columns, channels = d_seen.shape
+        halfway = self._take(self.halfway, 4, count, rows, 2, columns + 1, channels)
+        part = self._take(self.part, 4, count, rows, columns, channels)
+        halfway[:, :, :, :, 0] = 0
+        _add_differences(d_seen.swapaxes(0, 1), halfway[:, :, :, 0], halfway[:, :, :, 1], part, axis=3)
+        d_padded = self.d_padded[:count, 2 * top : 2 * (top + rows) + 2]
+        if top == 0:
+            d_padded[:, :2] = 0
+        part = self._take(self.part, count, rows, 2, columns + 1, channels)
+        _add_differences(halfway, d_padded[:, 0::2], d_padded[:, 1::2], part, axis=1)
+
+    def _places(self, padded: FloatArray, images: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Where in `padded` every second column of the images lies, and these columns."""
+        down, across = self.before
+        inside = padded[: len(images), down : down + self.height]
+        for j in (0, 1):
+            first, columns = across + j, -(-(self.width - j) // 2)
+            yield inside[:, :, first % 2, first // 2 : first // 2 + columns], images[:, :, j::2]
+
+    @staticmethod
+    def _take(buffer: FloatArray, *shape: int) -> FloatArray:
+        """The beginning of a buffer as an array of this shape."""
+        return buffer[: math.prod(shape)].reshape(shape)
 
     def _quarters(self, maps: FloatArray, top: int, stop: int) -> list[list[FloatArray]]:
         """The four outputs of the tiles in rows `top` to `stop`; at an odd edge some tiles have fewer."""
-        return [[quarter[:, top:stop] for quarter in pair] for pair in quarters(maps, self.gives_tiles)]
+        return [[quarter[:, top:stop] for quarter in pair] for pair in quarters(maps, self.tiled)]
 
     def _fold(self, products: FloatArray, out: list[list[FloatArray]]) -> None:
         """The outputs from the products (4, 4, n, rows, columns, filters): first over rows, then over columns."""
@@ -203,3 +247,20 @@ def _differences(d: Sequence[FloatArray], out: FloatArray) -> None:
     np.add(d[1], d[2], out=out[1])
     np.subtract(d[2], d[1], out=out[2])
     np.subtract(d[1], d[3], out=out[3])
+
+
+def _add_differences(m: FloatArray, even: FloatArray, odd: FloatArray, part: FloatArray, axis: int) -> None:
+    """dL/dd of what `_differences` made: of tile t, d_0 and d_2 are even[t] and even[t + 1], d_1 and d_3 are odd's.
+
+    Along `axis` of even and odd, which have one more than m has tiles. Their first is added to and the others are
+    written anew; m[1] is written over.
+    """
+    behind = (*(slice(None),) * axis, slice(1, None))
+    here = (*(slice(None),) * axis, slice(None, -1))
+    np.add(m[1], m[2], out=part)
+    np.subtract(part, m[0], out=even[behind])
+    np.add(even[here], m[0], out=even[here])
+    np.negative(m[3], out=odd[behind])
+    np.subtract(m[1], m[2], out=m[1])
+    np.add(m[1], m[3], out=m[1])
+    np.add(odd[here], m[1], out=odd[here])

@@ -1,0 +1,89 @@
+"""mpirun across hosts: namespaces with sshd on this machine (hosts.py). Slow for tests, so few."""
+
+import re
+import signal
+import time
+from collections.abc import Iterator
+from os import kill
+from pathlib import Path
+
+import pytest
+from safetensors.numpy import load_file
+
+from tests.mpi.hosts import Hosts, make_hosts, why_not
+from tests.mpi.jobs import assert_close, metrics, summary, train, write_data, write_job
+from worker.checkpoint import list_checkpoints, read_checkpoint
+
+STALL_SECONDS = 3.0
+ENDS_WITHIN_SECONDS = 20.0  # the limit, the launcher's own patience with a host that is gone, and a busy machine
+
+
+@pytest.fixture(scope="module")
+def hosts() -> Iterator[Hosts]:
+    reason = why_not()
+    if reason:
+        pytest.skip(reason)
+    with make_hosts(2) as made:
+        yield made
+
+
+@pytest.mark.parametrize("ranks", [(2, 2), (2, 1), (1, 2)])
+def test_hosts_train_as_one_rank_does(hosts, run_ranks, tmp_path, ranks) -> None:
+    job = write_job(tmp_path, write_data(tmp_path / "toy.npz"))
+    reference = train(run_ranks, 1, job, tmp_path / "alone")
+    done = hosts.run(ranks, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), reference)
+    told = summary(tmp_path / "out")
+    assert told["world_size"] == sum(ranks)
+    assert told["exchange"]["bucket_bytes"] > 0  # two nodes were seen, whose ranks share no memory
+
+
+def test_a_host_with_too_little_shared_memory_says_so_and_trains_on(run_ranks, tmp_path) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    job = write_job(tmp_path, write_data(tmp_path / "toy.npz"))
+    reference = train(run_ranks, 1, job, tmp_path / "alone")
+    with make_hosts(2, shared_memory_megabytes={1: 1}) as hosts:
+        done = hosts.run((2, 2), ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "shared memory is not used: host2: /dev/shm has 1 MB free" in done.stdout
+    assert_close(load_file(tmp_path / "out" / "model.safetensors"), reference)
+
+
+@pytest.mark.parametrize("fault", ["killed", "stopped", "unplugged"])
+def test_a_host_that_fails_ends_the_run_in_time_and_leaves_its_checkpoints(tmp_path, fault) -> None:
+    if reason := why_not():
+        pytest.skip(reason)
+    endless, limits = {"epochs": 100_000}, {"stall_seconds": STALL_SECONDS}
+    job = write_job(tmp_path, write_data(tmp_path / "toy.npz"), training=endless, limits=limits)
+    out = tmp_path / "out"
+    with make_hosts(2) as hosts:
+        run = hosts.start((2, 2), ["-m", "worker", "train", job, "-o", out])
+        await_steps(out, run)
+        began = time.monotonic()
+        victims = hosts[1].ranks()
+        assert len(victims) == 2
+        if fault == "killed":
+            kill(victims[0], signal.SIGKILL)
+        elif fault == "stopped":
+            kill(victims[0], signal.SIGSTOP)
+        else:
+            hosts[1].unplug()
+        _, errors = run.communicate(timeout=ENDS_WITHIN_SECONDS)
+        assert time.monotonic() - began < ENDS_WITHIN_SECONDS
+    assert run.returncode != 0
+    assert "Traceback" not in errors
+    if fault != "killed":  # mpirun itself sees that a process has died
+        assert re.search(r"^error: rank \d of 4 on host1: no progress for \d+ s", errors, re.MULTILINE), errors
+    newest = list_checkpoints(out / "checkpoints")[-1]
+    assert read_checkpoint(newest).step > 0
+
+
+def await_steps(out: Path, run) -> None:
+    """Until the second report is there: ranks are in the midst of steps."""
+    deadline = time.monotonic() + 30
+    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+        assert run.poll() is None, run.communicate()
+        assert time.monotonic() < deadline, "no report within 30 s"
+        time.sleep(0.05)
