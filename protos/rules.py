@@ -292,6 +292,10 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             chosen_option(spec.sync.all_reduce.wire_format) not in (None, "float32"),
             "rounds what each node sends",
         ),
+        "sync.parameter_server.mode": (
+            chosen_option(spec.sync.parameter_server.mode) not in (None, "synchronous"),
+            "applies gradients in the order in which they come",
+        ),
     }
     for place, (given, why) in in_the_way.items():
         if given:
@@ -305,6 +309,16 @@ def _shards_of_reproducible(spec: JobSpec) -> Violation | None:
     if spec.training.reproducible or given in (0, default):
         return None
     return Violation("training.virtual_shards", f"{given} is given without `reproducible`; set that or remove this")
+
+
+def _whole_vector_in_one_step(spec: JobSpec) -> Violation | None:
+    mode = chosen_option(spec.sync.parameter_server.mode)
+    lamb = "optimizer.lamb" if chosen_option(spec.optimizer) == "lamb" else ""
+    needs = "training.clip_norm" if spec.training.clip_norm else lamb
+    if mode in (None, "synchronous") or not needs:
+        return None
+    told = f"{mode} is given beside {needs}, which needs all workers' gradients at once"
+    return Violation("sync.parameter_server.mode", f"{told}; take synchronous or remove the other")
 
 
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
@@ -331,6 +345,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _pieces_beside_synchronized,
     _reproducible_alone,
     _shards_of_reproducible,
+    _whole_vector_in_one_step,
     _local_beside_synchronized,
     _metrics_for_the_loss,
 )

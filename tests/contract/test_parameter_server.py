@@ -15,8 +15,10 @@ from protos import job_pb2
 from protos import parameter_server_pb2 as pb
 from worker.errors import TrainingFault
 from worker.optimizers import make_optimizer
+from worker.server.modes import MODES
+from worker.server.pushes import ShardSetup
 from worker.server.service import SERVICE, ParameterServer
-from worker.server.shard import Shard, ShardSetup
+from worker.server.shard import Shard
 from worker.sync.parameter_server import ParameterServerExchange
 
 TOKEN = "a token of this test"
@@ -312,3 +314,62 @@ def test_workers_that_left_are_no_fault(serving) -> None:
     with pytest.raises(TrainingFault, match="worker 0 of 2 left after step 1"):
         exchanges[1].step(2, 48, RATE)
     exchanges[1].close()
+
+
+@pytest.mark.parametrize("lead_steps", [0, 2])
+def test_a_worker_waits_only_while_it_is_too_far_ahead(serving, lead_steps: int) -> None:
+    mode = MODES["bounded_staleness"]._replace(lead_steps=lead_steps)
+    server = serving(workers=2, mode=mode)
+    fast, slow = exchange_of(server, worker=0), exchange_of(server, worker=1)
+    for exchange in (fast, slow):
+        exchange.join()
+    for step in range(1, lead_steps + 1):
+        fast.step(step, 48, RATE)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(fast.step, lead_steps + 1, 48, RATE)
+        slow.step(1, 48, RATE)
+        waiting.result(10)
+    slow.leave()  # nobody waits for one who left
+    for step in (2, 3):
+        fast.step(lead_steps + step, 48, RATE)
+    fast.leave()
+
+
+def test_an_asynchronous_worker_waits_for_nobody(serving) -> None:
+    server = serving(workers=2, mode=MODES["asynchronous"])
+    weights, gradient = first_weights(), gradient_of(0, 1)
+    exchange = exchange_of(server, worker=0, parameters=weights, gradient=gradient)
+    exchange.join()
+    for step in (1, 2, 3):
+        exchange.step(step, 48, RATE)
+    np.testing.assert_allclose(weights, first_weights() - 3 * RATE / 48 * gradient, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(exchange.pull(state=False)["parameters"], weights)
+    exchange.leave()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"step": 2}, "worker 1 of 2, step 2, offset 0: this worker is at step 1"),
+        ({"offset": 1}, "offset 1: no chunk begins there"),
+        ({"gradient": bytes(4 * CHUNK - 4)}, "299 elements, the chunk has 300"),
+        ({"gradient": bytes(4 * CHUNK + 4)}, "301 elements, the chunk has 300"),
+        ({"gradient": bytes(4 * CHUNK - 1)}, "worker 1, step 1, offset 0: 1199 bytes of float32"),
+        ({"gradient": np.full(CHUNK, np.nan, "<f4").tobytes()}, "the gradient is not finite at element 0"),
+        ({"share_samples": 49}, "a share of 49 samples in a batch of 48"),
+        ({"generation": 2}, "an earlier launch"),
+    ],
+)
+def test_a_hostile_push_is_refused_and_changes_nothing(serving, change: dict[str, object], words: str) -> None:
+    server = serving(workers=2, mode=MODES["asynchronous"])
+    server.shard.join(1, 3, COUNT, DIGEST)
+    terms = {"samples": 48, "share_samples": 24, "learning_rate": RATE, "gradient": bytes(4 * CHUNK)}
+    push = pb.ExchangeRequest(**({"worker": 1, "generation": 3, "step": 1, "offset": 0} | terms | change))
+    with grpc.insecure_channel(server.address) as channel:
+        call = channel.stream_stream(f"/{SERVICE}/Exchange", pb.ExchangeRequest.SerializeToString)(
+            iter([push]), metadata=(("authorization", f"Bearer {TOKEN}"),), timeout=5
+        )
+        with pytest.raises(grpc.RpcError) as refusal:
+            next(call)
+    assert words in refusal.value.details()
+    np.testing.assert_array_equal(server.shard.parameters, first_weights())

@@ -79,7 +79,7 @@ def test_parts_that_name_no_option_list_what_is_allowed() -> None:
         ("data.train.built_in", "digit", "'digit' is not one of: digits; did you mean digits?"),
         ("training.epochs", 0, "0 is not at least 1"),
         ("training.seed", -1, "-1 is not at least 0"),
-        ("sync.parameter_server.mode", "bounded", "'bounded' is not one of: synchronous"),
+        ("sync.parameter_server.mode.bounded_staleness.steps", -1, "-1 is not at least 0"),
         ("workers", 4097, "4097 is not at most 4096"),
     ],
 )
@@ -182,8 +182,21 @@ def test_resolving_keeps_what_was_given() -> None:
     spec.sync.parameter_server.SetInParent()
     spec.training.batch_size = 0
     resolved = rules.resolve(spec)
-    assert resolved.sync.parameter_server.mode == "synchronous"
+    assert resolved.sync.parameter_server.mode.HasField("synchronous")
     assert resolved.training.batch_size == 0
+
+
+@pytest.mark.parametrize("mode", ["bounded_staleness", "asynchronous"])
+@pytest.mark.parametrize("needs", ["training.clip_norm", "optimizer.lamb"])
+def test_what_needs_the_whole_vector_in_one_step_takes_the_synchronous_mode(mode: str, needs: str) -> None:
+    spec = valid()
+    getattr(spec.sync.parameter_server.mode, mode).SetInParent()
+    if needs == "optimizer.lamb":
+        spec.optimizer.lamb.learning_rate = 0.1
+    else:
+        spec.training.clip_norm = 1.0
+    (violation,) = rules.check(spec)
+    assert str(violation).startswith(f"sync.parameter_server.mode: {mode} is given beside {needs}, which needs")
 
 
 def test_an_empty_sync_is_all_reduce() -> None:

@@ -40,6 +40,17 @@ def test_parameter_server_and_all_reduce_give_the_same_weights(run_ranks, data, 
         assert_close(train(run_ranks, ranks, all_reduce, tmp_path / f"all-reduce-{ranks}"), reference)
 
 
+@pytest.mark.parametrize("mode", ["synchronous", {"bounded_staleness": {"steps": 2}}, "asynchronous"])
+def test_a_job_learns_in_every_mode_of_the_parameter_server(run_ranks, data, tmp_path, mode) -> None:
+    job = write_job(tmp_path, data, sync="parameter_server")
+    described = json.loads(job.read_text()) | {"sync": {"parameter_server": {"mode": mode}}}
+    job.write_text(json.dumps(described))
+    train(run_ranks, 2, job, tmp_path / "out")
+    lines = metrics(tmp_path / "out")
+    assert lines[-1]["validation_loss"] < 0.75 * lines[0]["validation_loss"]
+    assert lines[-1]["samples"] == lines[-1]["epoch"] * lines[0]["samples"]
+
+
 @pytest.mark.parametrize("sync", ["all_reduce", "parameter_server"])
 def test_resumed_equals_uninterrupted_bit_for_bit(run_ranks, data, tmp_path, sync) -> None:
     job = write_job(tmp_path, data, sync=sync)

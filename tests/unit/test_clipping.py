@@ -11,7 +11,8 @@ from protos import job_pb2
 from protos.job_file import JobFileInvalid, parse_job
 from worker.clipping import clip_by_value, norm_factor, sum_of_squares
 from worker.optimizers import make_optimizer
-from worker.server.shard import Answer, Push, Shard, ShardSetup
+from worker.server.pushes import Answer, Push, ShardSetup
+from worker.server.shard import Shard
 
 SGD = make_optimizer(job_pb2.Optimizer(sgd=job_pb2.SgdOptimizer(learning_rate=1)))
 COUNT, CHUNK, WORKERS, SAMPLES = 10, 4, 3, 6

@@ -24,7 +24,9 @@ import numpy as np
 
 from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
-from worker.server.shard import Shard, ShardSetup
+from worker.server.modes import mode_of
+from worker.server.pushes import ShardSetup
+from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
 from worker.wire import keep_freed_memory
 
@@ -84,7 +86,7 @@ def load_shard(
         layout_digest=start.layout_digest,
         workers=workers,
         generation=generation,
-        mode=spec.sync.parameter_server.mode or "synchronous",
+        mode=mode_of(spec.sync.parameter_server),
         decayed=tuple(start.decayed),
         clip_norm=spec.training.clip_norm,
         virtual_shards=spec.training.virtual_shards if spec.training.reproducible else 0,

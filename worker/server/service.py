@@ -18,7 +18,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
-from worker.server.shard import Conflict, Push, Refused, Shard
+from worker.server.pushes import Answer, Conflict, Push, Refused
+from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode
 
@@ -110,7 +111,7 @@ class ParameterServer:
 
     async def _leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         try:
-            self._shard.leave(request.worker, request.generation)
+            self._send(self._shard.leave(request.worker, request.generation))
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
         self._spread_fault()
@@ -119,7 +120,8 @@ class ParameterServer:
     async def _pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
         shard = self._shard
         version = step, applied = shard.version
-        if applied:
+        at_once = shard.setup.mode.at_once
+        if applied and not at_once:
             await context.abort(
                 grpc.StatusCode.FAILED_PRECONDITION,
                 f"step {step + 1} is half applied ({applied} chunks): pull between steps",
@@ -127,10 +129,12 @@ class ParameterServer:
         arrays: dict[str, Float32] = {"parameters": shard.parameters}
         if request.state:
             arrays |= {f"optimizer.{name}": array for name, array in shard.state.items()}
+        if at_once:  # workers at their own pace leave no pause between steps
+            arrays = {name: array.copy() for name, array in arrays.items()}
         begin = shard.setup.start
         for name, array in arrays.items():
             for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
-                if shard.version != version:
+                if shard.version != version and not at_once:
                     await context.abort(grpc.StatusCode.ABORTED, f"step {step + 1} began during the pull")
                 head = pb.PullResponse(name=name, offset=start, step=step)
                 yield encode(head, DATA, array[start - begin : stop - begin])
@@ -189,13 +193,20 @@ class ParameterServer:
         if head.step == 0 and not payload:
             self._streams[worker].put_nowait(pb.ExchangeResponse().SerializeToString())
             return
+        if len(payload) % 4:
+            raise Refused(f"worker {worker}, step {head.step}, offset {head.offset}: {len(payload)} bytes of float32")
         gradient = as_array(payload)
         push = Push(
             head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
-            tuple(head.totals),
+            tuple(head.totals), head.share_samples,
         )  # fmt: skip
-        for answer in self._shard.receive(push, asyncio.get_running_loop().time()):
-            reply = pb.ExchangeResponse(step=answer.step, offset=answer.offset, totals=answer.totals)
+        self._send(self._shard.receive(push, asyncio.get_running_loop().time()))
+
+    def _send(self, answers: list[Answer]) -> None:
+        for answer in answers:
+            reply = pb.ExchangeResponse(
+                step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness
+            )
             data = encode(reply, WEIGHTS, answer.weights)
             for waiting in answer.workers:
                 if waiting in self._streams:

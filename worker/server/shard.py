@@ -2,95 +2,31 @@
 
 A chunk waits until its mode says that enough workers have pushed it. Then the workers' sums are added in worker order,
 divided by the samples of the whole batch, and the optimizer runs on that chunk alone; its weights go back at once,
-while later chunks are still on their way. So push, update and pull overlap. Where the gradient is clipped by its global
-norm or the optimizer has trust ratios, every chunk must be there before the first is applied; then all are, and all
-answers go out together.
+while later chunks are still on their way. So push, update and pull overlap. In the modes without that wait
+(worker/server/modes.py) each worker has its own clock, and a push is applied when it comes. Where the gradient is
+clipped by its global norm or the optimizer has trust ratios, every chunk must be there before the first is
+applied; then all are, and all answers go out together.
 
-Rules: no I/O, no thread, no clock; `now` is an argument. What is refused raises and changes nothing. The result does
-not depend on the order of arrival, to the last bit. Once `fault` says why the job cannot go on, nothing is applied.
+Rules: no I/O, no thread, no clock; `now` is an argument. What is refused raises and changes nothing. A synchronous
+result does not depend on the order of arrival, to the last bit. Once `fault` says why the job cannot go on,
+nothing is applied.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from worker.clipping import norm_factor, sum_of_squares
+from worker.server.clocks import Clocks
+from worker.server.pushes import Answer, Conflict, Push, Refused, ShardSetup
 from worker.server.subtrees import Subtrees, exact_square_sum, exact_square_sums
 from worker.trust_ratio import add_square_sums, scale, trust_ratios
-from worker.wire import Float32, chunk_bounds, even_chunk_elements
+from worker.wire import Float32, chunk_bounds
 
 if TYPE_CHECKING:
     from worker.optimizers import Optimizer
-
-
-class Mode(NamedTuple):
-    """What tells one kind of parameter-server training from another."""
-
-    complete: Callable[[int, int], bool]  # (workers whose push is held, workers of the job): apply the chunk now?
-
-
-MODES: dict[str, Mode] = {
-    "synchronous": Mode(complete=lambda held, workers: held == workers),
-}
-
-
-@dataclass(frozen=True)
-class ShardSetup:
-    """What does not change while a shard lives."""
-
-    parameter_count: int  # of the whole model
-    layout_digest: str
-    workers: int
-    generation: int = 1
-    mode: str = "synchronous"
-    start: int = 0  # the shard holds elements start to stop - 1 of the flat vector
-    stop: int = -1  # -1: to the end
-    decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
-    chunk_elements: int = 0  # 0: equal chunks of about 1 MB
-    step_timeout_seconds: float = 60.0  # from a step's first push to its last
-    restored: bool = False  # from a snapshot, after a death: the step is the workers', once all have told theirs
-    clip_norm: float = 0.0  # the mean gradient is scaled down to this norm, 0: never; for a shard of the whole vector
-    virtual_shards: int = 0  # of a reproducible job, whose workers push subtrees (subtrees.py); 0: any other job
-
-    def __post_init__(self) -> None:
-        if self.stop == -1:
-            object.__setattr__(self, "stop", self.parameter_count)
-        if self.chunk_elements == 0:
-            object.__setattr__(self, "chunk_elements", even_chunk_elements(self.stop - self.start))
-
-
-class Push(NamedTuple):
-    """One worker's part of one chunk's gradient."""
-
-    worker: int
-    generation: int
-    step: int  # from 1
-    offset: int  # in the flat vector
-    samples: int  # of the whole batch
-    learning_rate: float
-    gradient: Float32  # sum over this worker's samples, or subtrees; kept until the chunk is applied, never written
-    totals: tuple[float, ...] = ()  # on the chunk at the shard's start only
-
-
-class Answer(NamedTuple):
-    """A chunk's weights for the workers that wait for them."""
-
-    workers: tuple[int, ...]
-    step: int
-    offset: int
-    weights: Float32  # a view: send or copy it before the next push
-    totals: tuple[float, ...]  # over all workers; on the chunk at the shard's start only
-
-
-class Refused(Exception):
-    """The request is wrong in itself; the shard is as it was before."""
-
-
-class Conflict(Refused):
-    """The request does not fit the shard's model, generation or step; the shard is as it was before."""
 
 
 class _Chunk:
@@ -98,7 +34,7 @@ class _Chunk:
 
     def __init__(
         self, bounds: tuple[int, int], shard_start: int, parameters: Float32, state: Mapping[str, Float32],
-        decayed: Sequence[tuple[int, int]], step: int,
+        decayed: Sequence[tuple[int, int]], step: int, workers: int,
     ) -> None:  # fmt: skip
         start, stop = bounds
         here = slice(start - shard_start, stop - shard_start)
@@ -114,6 +50,8 @@ class _Chunk:
         self.step = step
         self.held: dict[int, Push] = {}
         self.mean: Float32 | None = None  # of the gradients held, once there are enough
+        self.clocks = Clocks(workers, step)
+        self.updates_before = step * workers  # what the optimizer counts on from, where each push is an update
 
 
 class Shard:
@@ -134,16 +72,19 @@ class Shard:
         self.parameters = parameters
         self.state = dict(state)
         self._optimizer = optimizer
-        self._mode = MODES[setup.mode]
+        self._mode = setup.mode
         self._subtrees = Subtrees(setup.virtual_shards, setup.workers) if setup.virtual_shards else None
         bounds = chunk_bounds(setup.start, setup.stop, setup.chunk_elements)
         self._chunks = {
-            start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step) for start, stop in bounds
+            start: _Chunk((start, stop), setup.start, parameters, state, setup.decayed, step, setup.workers)
+            for start, stop in bounds
         }
         # A norm needs every chunk before the first may be applied.
         self._waits_for_all = setup.clip_norm > 0 or optimizer.direct is not None
         if self._waits_for_all and (setup.start, setup.stop) != (0, setup.parameter_count):
             raise ValueError("clip_norm, and an optimizer with trust ratios, need a shard of the whole vector")
+        if self._waits_for_all and self._mode.at_once:
+            raise ValueError("clip_norm, and an optimizer with trust ratios, need the synchronous mode")
         room = len(parameters) if self._waits_for_all else min(setup.chunk_elements, len(parameters))
         self._sum = np.empty(room, np.float32)
         self._joined: set[int] = set()
@@ -153,10 +94,14 @@ class Shard:
         self._terms: Push | None = None  # the open step's first push: all others must agree with it
         self._opened = 0.0
         self._totals: tuple[float, ...] = ()
+        self._newest: dict[int, Push] = {}  # worker -> its last push of the chunk at the start, without the gradient
 
     @property
     def version(self) -> tuple[int, int]:
-        """Steps applied, and chunks of the step under way that are applied."""
+        """Steps applied, and chunks of the step under way that are applied (for each worker, if each has a clock)."""
+        if self._mode.at_once:
+            done = [step for chunk in self._chunks.values() for step in chunk.clocks.done.values()]
+            return min(done), sum(step > min(done) for step in done)
         return self.step, sum(chunk.step > self.step for chunk in self._chunks.values())
 
     @property
@@ -185,6 +130,11 @@ class Shard:
 
     def _go_on(self) -> None:
         first, last = min(self._told.values()), max(self._told.values())
+        if self._mode.at_once:
+            self.step = first
+            for chunk in self._chunks.values():
+                chunk.clocks.done.update(self._told)
+            return
         if last - first > 1 or first < self.step:
             steps = ", ".join(f"worker {worker}: {step}" for worker, step in sorted(self._told.items()))
             self.fault = f"the shard is back from its snapshot after step {self.step}, the workers' are {steps}"
@@ -193,12 +143,19 @@ class Shard:
         for chunk in self._chunks.values():
             chunk.step = last
 
-    def leave(self, worker: int, generation: int) -> None:
-        """A worker is done; a step that still needs it cannot be completed."""
+    def leave(self, worker: int, generation: int) -> list[Answer]:
+        """A worker is done; a synchronous step that still needs it cannot be completed, others need not wait for it."""
         self.check_member(worker, generation)
+        if self._mode.at_once:
+            self._left[worker] = max(chunk.clocks.done.get(worker, 0) for chunk in self._chunks.values())
+            for chunk in self._chunks.values():
+                chunk.clocks.remove(worker)
+            self.step = self.version[0]
+            return [answer for chunk in self._chunks.values() for answer in self._released(chunk)]
         self._left[worker] = self.step
         if any(chunk.held and worker not in chunk.held for chunk in self._chunks.values()):
             self.fault = self.fault or self._parted(worker)
+        return []
 
     def lose(self, worker: int, why: str) -> None:
         """A worker is gone without a word; nothing to mourn if it had left."""
@@ -207,6 +164,9 @@ class Shard:
 
     def expire(self, now: float) -> None:
         """Give up a step that waits longer than `step_timeout_seconds`, naming whom it waits for."""
+        if self._mode.at_once:
+            self._expire_clocks(now)
+            return
         if self._terms is None or now - self._opened <= self.setup.step_timeout_seconds:
             return
         waiting = [chunk for chunk in self._chunks.values() if chunk.step == self.step]
@@ -219,6 +179,8 @@ class Shard:
     def receive(self, push: Push, now: float) -> list[Answer]:
         """Take one push; answer whoever's wait it ends. A push seen before is applied once and answered again."""
         chunk = self._check(push)
+        if self._mode.at_once:
+            return self._receive_at_once(chunk, push, now)
         if chunk.step == push.step:
             return [self._answer(chunk, (push.worker,))]
         if push.worker in chunk.held:
@@ -226,7 +188,7 @@ class Shard:
         if self._terms is None:
             self._terms, self._opened = push, now
         chunk.held[push.worker] = push
-        if not self._mode.complete(len(chunk.held), self.setup.workers):
+        if len(chunk.held) < self.setup.workers:
             return []
         self._sum_up(chunk, push.samples)
         if not self._waits_for_all:
@@ -271,20 +233,31 @@ class Shard:
         needed = len(chunk.parameters) * (self._subtrees.rows[push.worker] if self._subtrees else 1)
         if len(push.gradient) != needed:
             raise Refused(f"{where}: {len(push.gradient)} elements, the chunk has {needed}")
-        if push.step not in (chunk.step, self.step + 1) or push.step == 0:
-            raise Conflict(f"{where}: the shard is at step {self.step + 1}")
-        if chunk.step == push.step:
+        if self._mode.at_once:
+            if push.worker in self._left:
+                raise Conflict(f"{where}: {self._parted(push.worker)}")
+            applied = chunk.clocks.done[push.worker]
+            if push.step not in (applied, applied + 1) or push.step == 0:
+                raise Conflict(f"{where}: this worker is at step {applied + 1}")
+        else:
+            applied = chunk.step
+            if push.step not in (applied, self.step + 1) or push.step == 0:
+                raise Conflict(f"{where}: the shard is at step {self.step + 1}")
+        if applied == push.step:
             return chunk
         if push.samples < 1:
             raise Refused(f"{where}: {push.samples} samples in the batch, at least 1 is needed")
         if not (math.isfinite(push.learning_rate) and push.learning_rate >= 0):
             raise Refused(f"{where}: learning rate {push.learning_rate} is not a finite number of at least 0")
+        if not 0 <= push.share <= push.samples:
+            raise Refused(f"{where}: a share of {push.share} samples in a batch of {push.samples}")
         self._check_agreement(push, where)
         if not np.isfinite(push.gradient).all():
             element = push.offset + int(np.argmin(np.isfinite(push.gradient))) % len(chunk.parameters)
             raise Refused(f"{where}: the gradient is not finite at element {element}: lower the learning rate")
-        for worker in self._left:
-            raise Conflict(f"{where}: {self._parted(worker)}")
+        if not self._mode.at_once:
+            for worker in self._left:
+                raise Conflict(f"{where}: {self._parted(worker)}")
         return chunk
 
     def _check_agreement(self, push: Push, where: str) -> None:
@@ -310,6 +283,50 @@ class Shard:
                 raise Refused(
                     f"{where}: {len(push.totals)} totals, but {self._name(other.worker)} sent {len(other.totals)}"
                 )
+
+    def _receive_at_once(self, chunk: _Chunk, push: Push, now: float) -> list[Answer]:
+        """Apply a worker's own step on its own; answer all whom it lets go on."""
+        clocks, worker = chunk.clocks, push.worker
+        if clocks.done[worker] == push.step:
+            return [] if worker in clocks.waiting else [self._answer_one(chunk, worker, 0.0)]
+        if push.share:
+            mean = np.divide(push.gradient, np.float32(push.share), out=self._sum[: len(push.gradient)])
+            rate = push.learning_rate * push.share / push.samples * self._mode.rate_factor(clocks.staleness(worker))
+            count = chunk.updates_before + clocks.updates + 1
+            self._optimizer.update(chunk.parameters, mean, chunk.state, count, rate, chunk.decayed)
+        clocks.advance(worker, now)
+        if chunk.offset == self.setup.start:
+            self._newest[worker] = push._replace(gradient=self._sum[:0])
+        self.step = self.version[0]
+        return self._released(chunk)
+
+    def _released(self, chunk: _Chunk) -> list[Answer]:
+        return [self._answer_one(chunk, *ready) for ready in chunk.clocks.release(self._mode.lead_steps)]
+
+    def _answer_one(self, chunk: _Chunk, worker: int, staleness: float) -> Answer:
+        """For a worker with its own clock; its totals are the workers' newest, scaled to the whole batch."""
+        totals: tuple[float, ...] = ()
+        if chunk.offset == self.setup.start and worker in self._newest:
+            newest, size = self._newest.values(), len(self._newest[worker].totals)
+            shares = sum(push.share for push in newest)
+            factor = self._newest[worker].samples / shares if shares else 1.0
+            sums = (
+                math.fsum(column) for column in zip(*(p.totals for p in newest if len(p.totals) == size), strict=True)
+            )
+            totals = tuple(factor * total for total in sums)
+        return Answer((worker,), chunk.clocks.done[worker], chunk.offset, chunk.parameters, totals, staleness)
+
+    def _expire_clocks(self, now: float) -> None:
+        """Give up where a worker waits too long for slower ones to come near."""
+        for chunk in self._chunks.values():
+            done = chunk.clocks.done
+            for worker, (since, _) in chunk.clocks.waiting.items():
+                if now - since > self.setup.step_timeout_seconds:
+                    late = [other for other in sorted(done) if done[worker] - done[other] > self._mode.lead_steps]
+                    self.fault = self.fault or (
+                        f"step {done[worker]} of {self._name(worker)} waited {now - since:.1f} s for "
+                        + " and ".join(self._name(other) for other in late)
+                    )
 
     def _sum_up(self, chunk: _Chunk, samples: int) -> None:
         """Sum in worker order, divide by the batch."""

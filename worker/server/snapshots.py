@@ -1,7 +1,8 @@
 """What a shard leaves on disk so that it can come back: its elements and their optimizer state, in a checkpoint's form.
 
-Rules: a snapshot is taken between two steps, written beside the event loop and complete or absent. One at a time: where
-the disk is slower than the steps, the next one waits for a later step. What cannot be written is said and ends nothing.
+Rules: a snapshot is taken between two steps, or between two pushes where workers go at their own pace. It is written
+beside the event loop and complete or absent. One at a time: where the disk is slower than the steps, the next one waits
+for a later step. What cannot be written is said and ends nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +36,11 @@ class Snapshots:
         """Copy the shard's arrays now and write them meanwhile; nothing within a step, or while one is written."""
         shard = self._shard
         step, applied = shard.version
-        if applied or (self._writing and not self._writing.done()) or step == self._taken:
+        if (
+            (applied and not shard.setup.mode.at_once)
+            or (self._writing and not self._writing.done())
+            or step == self._taken
+        ):
             return
         self._taken = step
         copy = Checkpoint(

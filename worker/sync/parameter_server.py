@@ -25,7 +25,9 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
+from worker.data.sharding import share
 from worker.errors import TrainingFault
+from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
@@ -95,7 +97,7 @@ class ParameterServerExchange:
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
-        pushed: tuple[Float32, NDArray[np.float64]] | None = None,
+        pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int], int] | None = None,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -106,12 +108,14 @@ class ParameterServerExchange:
             return_seconds: how long a server that is gone may take to come back.
             pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
                 out in the place of `gradient` and `totals`.
+            share_of: from the samples of a batch to how many of them this worker computes; None: an equal share.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
         self.wait_seconds = 0.0
         self.restarts = 0  # servers that were gone and came back
         self.steps_lost = 0  # by them, together
+        self.staleness = Staleness()  # of this worker's pushes
         self._step = 0  # the last one done
         self._return_seconds = return_seconds
         self._worker, self._workers, self._generation = worker, workers, generation
@@ -122,9 +126,14 @@ class ParameterServerExchange:
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
+        self._share_of = share_of or self._equal_share
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._closed = threading.Event()
+
+    def _equal_share(self, samples: int) -> int:
+        first, last = share(0, samples, self._worker, self._workers)
+        return last - first
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.
@@ -268,6 +277,7 @@ class ParameterServerExchange:
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
+                share_samples=self._share_of(push.samples),
             )  # fmt: skip
             data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
             self.sent_bytes += len(data)
@@ -295,6 +305,8 @@ class ParameterServerExchange:
                 )
             # A plain copy of bytes, which unlike an assignment between arrays does not care about alignment.
             self._into[4 * head.offset : 4 * stop] = payload
+            if head.offset == server.range.start:
+                self.staleness.see(head.staleness)
             if head.totals and head.offset == 0:
                 self._totals[:] = head.totals
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -22,11 +22,13 @@ import numpy as np
 
 from protos import environment, job_pb2
 from worker.checkpoint import STATE_PREFIX, Checkpoint
+from worker.data.sharding import share
 from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault, UsageFault
 from worker.initial_weights import InitialWeights
+from worker.server.modes import mode_of
 from worker.server.process import Part
 from worker.server.supervision import SupervisedServer
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
@@ -58,8 +60,13 @@ class ServerExchange:
         total_count: int,
         note: str | None,
         shard_buffers: ShardBuffers | None = None,
+        at_once: bool = False,
     ) -> None:
-        """Collective. `use` makes it whole. With `shard_buffers`, which are what is pushed, every rank is a node."""
+        """Collective. `use` makes it whole. With `shard_buffers`, which are what is pushed, every rank is a node.
+
+        `at_once`: nodes go on at their own pace and meet at the end of each epoch.
+        """
+        self._at_once = at_once
         self.note = note
         self.shard_buffers = shard_buffers
         self.node = node
@@ -105,6 +112,8 @@ class ServerExchange:
         self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
         self._agree(fault)
         self.totals[:] = self._node_totals
+        if self._at_once:
+            self.totals[TOTALS.index("report")] = 0  # ranks are not at one step, where all could report
         statistics = self.statistics
         statistics.exchange_seconds += perf_counter() - began
         statistics.sent_bytes["grpc"] = worker.sent_bytes
@@ -113,12 +122,24 @@ class ServerExchange:
     def facts(self) -> dict[str, Any]:
         """As in Exchange: how many servers there were, what their deaths cost and what rank 0's node pushed."""
         restarts, lost, pushed = np.sum(self._counts, axis=0).tolist()
-        return {
+        facts: dict[str, Any] = {
             "servers": self._shard_count, "shard_restarts": restarts, "steps_lost": lost, "node_pushed_bytes": pushed
         }  # fmt: skip
+        if self._at_once:
+            stale = self._worker.staleness
+            mean = stale.total_steps / stale.pushes if stale.pushes else 0.0
+            facts |= {"mean_staleness_steps": round(mean, 3), "most_staleness_steps": round(stale.most_steps, 3)}
+        return facts
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step."""
+        """As in Exchange: all ranks met in the step; where nodes go at their own pace, they meet at the epoch's end."""
+        if self._at_once and ends_epoch:
+            self._world.agree(lambda: None)  # everybody's pushes are applied
+            self._pull_into_node("parameters", state=False)
+            if len(model_state):
+                held = model_state if self._world.rank == 0 else None
+                model_state[:] = self._world.broadcast_array(held, len(model_state))
+            self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
         return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
@@ -133,15 +154,9 @@ class ServerExchange:
     @contextmanager
     def showing(self, name: str) -> Iterator[None]:
         """As in Exchange: the lowest rank of each node asks the servers."""
-        own, fault = np.empty(0, np.float32), None
         lowest = self.node.rank == 0
-        if lowest:
-            own = self.parameters.copy()
-            try:
-                self.parameters[:] = self._worker.pull(state=True)[STATE_PREFIX + name]
-            except TrainingFault as found:
-                fault = found
-        self._agree(fault)
+        own = self.parameters.copy() if lowest else np.empty(0, np.float32)
+        self._pull_into_node(STATE_PREFIX + name, state=True)
         yield
         self.node.fence()
         if lowest:
@@ -155,6 +170,16 @@ class ServerExchange:
         for server in self._servers:
             server.stop()
         self.node.close()
+
+    def _pull_into_node(self, name: str, state: bool) -> None:
+        """Let the node's `parameters` be an array that the servers hold."""
+        fault = None
+        if self.node.rank == 0:
+            try:
+                self.parameters[:] = self._worker.pull(state=state)[name]
+            except TrainingFault as found:
+                fault = found
+        self._agree(fault)
 
     def _sum_up(self) -> None:
         """Add up this rank's slice over the node's gradients, into that of its lowest rank."""
@@ -209,7 +234,9 @@ def open_server_exchange(
     parts = shard_parts(count, asked)
     optimizer = make_update(job)
     world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
-    buffers = None
+    buffers, at_once = None, mode_of(job.sync.parameter_server).at_once
+    if at_once and world.node_comm.Get_size() == world.size:
+        world.split_nodes_into_ranks()  # a machine alone has no other node to be ahead of
     if job.training.reproducible:  # what each rank computes is added up by the servers alone, in the tree's order
         world.split_nodes_into_ranks()
         buffers = make_shard_buffers(world, job.training.virtual_shards, count, total_count)
@@ -218,7 +245,7 @@ def open_server_exchange(
     lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
     if len(parts) < asked:
         lines.append(f"{len(parts)} parameter servers instead of {asked}: the model has {count} parameters")
-    exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None, buffers)
+    exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None, buffers, at_once)
     reduce = Reduction(world, node)
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     if resume:
@@ -259,17 +286,23 @@ def open_server_exchange(
         for index, address in zip((i for i, placed_on in enumerate(placed) if placed_on == rank), started, strict=True):
             addresses[index] = address
     number = sum(rank <= world.rank for rank in lowest) - 1 if node.rank == 0 else 0
+    ranks: list[int] = node.comm.allgather(world.rank)
     worker = ParameterServerExchange(
         addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
         *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
         pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
-        pushed=buffers.pushed() if buffers else None,
+        pushed=buffers.pushed() if buffers else None, share_of=lambda samples: _samples_of(ranks, samples, world.size),
     )  # fmt: skip
     world.agree(worker.join)
     held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]
     world.agree(lambda: check_ranges(held, count))
     exchange.use(worker, servers, len(parts))
     return exchange
+
+
+def _samples_of(ranks: Sequence[int], samples: int, world_size: int) -> int:
+    """How many samples of a batch these ranks compute."""
+    return sum(stop - start for start, stop in (share(0, samples, rank, world_size) for rank in ranks))
 
 
 def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]:

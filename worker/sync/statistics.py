@@ -22,3 +22,18 @@ class ExchangeStatistics:
     def received(self, transport: str, count: int) -> None:
         """Count `count` payload bytes that reached this rank."""
         self.received_bytes[transport] = self.received_bytes.get(transport, 0) + count
+
+
+@dataclass
+class Staleness:
+    """How old the weights were that pushes were computed on, in steps."""
+
+    pushes: int = 0
+    total_steps: float = 0.0
+    most_steps: float = 0.0
+
+    def see(self, steps: float) -> None:
+        """One more push."""
+        self.pushes += 1
+        self.total_steps += steps
+        self.most_steps = max(self.most_steps, steps)

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from protos import job_pb2
 from worker.optimizers import Optimizer, make_optimizer
-from worker.server.shard import Answer, Conflict, Push, Refused, Shard, ShardSetup
+from worker.server.pushes import Answer, Conflict, Push, Refused, ShardSetup
+from worker.server.shard import Shard
 
 COUNT, CHUNK, WORKERS, SAMPLES, RATE = 10, 4, 3, 7, 0.1
 OFFSETS = (0, 4, 8)

@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from tests.unit.server.test_shard import CHUNK, COUNT, DECAYED, OFFSETS, RATE, SAMPLES, adamw
 from tests.unit.worker.test_reduction_tree import folded, whole
 from worker.optimizers import Optimizer
-from worker.server.shard import Push, Refused, Shard, ShardSetup
+from worker.server.pushes import Push, Refused, ShardSetup
+from worker.server.shard import Shard
 from worker.sync.reduction_tree import own_shards
 
 SHARDS = 5
