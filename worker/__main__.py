@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import time
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from protos.exit_codes import ExitCode
 from worker import processes
-from worker.errors import Fault, UsageFault
+from worker.errors import Fault, ReplicaFault, TrainingFault, UsageFault
 
 if TYPE_CHECKING:
     from protos import job_pb2
@@ -196,8 +197,10 @@ def train(arguments: argparse.Namespace) -> int:
     processes.set_blas_threads(os.environ, os.cpu_count() or 1, reproducible)
 
     from worker.run import run_job
+    from worker.sync.heartbeats import Heartbeats
     from worker.sync.world import AgreedFault, World
-    from worker.watchdog import Watchdog
+    from worker.termination import LastWords
+    from worker.watchdog import Watchdog, look_seconds
 
     world = World()
     place = f"rank {world.rank} of {world.size} on {world.host}: " if world.size > 1 else ""
@@ -212,7 +215,14 @@ def train(arguments: argparse.Namespace) -> int:
         return found
 
     def stalled(sentence: str) -> None:
-        fail(place + sentence, ExitCode.FAILED)
+        accusation = heartbeats.accuse(job.limits.stall_seconds)
+        if accusation.turn:
+            # Another rank knows as much or better, and what it says ends this one; should it be gone too, we speak.
+            time.sleep(accusation.turn * look_seconds(job.limits.stall_seconds))
+            accusation = heartbeats.accuse(job.limits.stall_seconds)
+        if not heartbeats.spoken():
+            fail("\n".join(accusation.lines) or place + sentence, ExitCode.FAILED)
+            world.beat.leave(spoken=True)
         os._exit(ExitCode.FAILED)  # the main thread is blocked inside MPI; leaving makes the launcher end the others
 
     try:
@@ -221,7 +231,24 @@ def train(arguments: argparse.Namespace) -> int:
         job = world.agree(job_found)
     except AgreedFault as fault:
         return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
-    watchdog = Watchdog(job.limits.stall_seconds, stalled)
+
+    def say_who_is_gone() -> None:
+        world.beat.leave()
+        if not heartbeats.spoken():
+            for line in heartbeats.gone():
+                fail(line, ExitCode.FAILED)
+
+    shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
+    heartbeats = Heartbeats(world, shared_memory)
+    watchdog = Watchdog(job.limits.stall_seconds, stalled, world.beat.live)
+    last_words = LastWords(say_who_is_gone) if world.size > 1 else None
+
+    def own_fault(what: str, in_phase: bool = True) -> NoReturn:
+        """A fault of this rank alone ends the job for all."""
+        fail(place + (f"{world.beat.seen().place()}: " if in_phase else "") + what, ExitCode.FAILED)
+        world.beat.leave(spoken=True)
+        world.abort(ExitCode.FAILED)
+
     try:
         run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)
     except AgreedFault as fault:
@@ -229,22 +256,22 @@ def train(arguments: argparse.Namespace) -> int:
             fail(str(fault), fault.exit_code)
         return fault.exit_code
     except (Fault, KeyboardInterrupt) as fault:
-        fail(place + (str(fault) or "interrupted"), ExitCode.FAILED)
-        world.abort(ExitCode.FAILED)
+        # A TrainingFault or a ReplicaFault names its step itself.
+        own_fault(str(fault) or "interrupted", not isinstance(fault, TrainingFault | ReplicaFault | KeyboardInterrupt))
     except MemoryError as error:
-        fail(place + out_of_memory(error), ExitCode.FAILED)
-        world.abort(ExitCode.FAILED)
+        own_fault(out_of_memory(error))
     except BaseException as error:
         # Whatever else happens to one rank must end all of them, or the others wait for ever.
         if arguments.log_dir is not None or DEBUG in os.environ:
             traceback.print_exc()
         kind = type(error).__name__
-        fail(
-            f"{place}internal error: {kind}: {error}; set {DEBUG}=1 to see where, and please report it", ExitCode.FAILED
-        )
-        world.abort(ExitCode.FAILED)
+        own_fault(f"internal error: {kind}: {error}; set {DEBUG}=1 to see where, and please report it")
     finally:
+        world.beat.leave()
         watchdog.stop()
+        if last_words is not None:
+            last_words.stop()
+    heartbeats.close()
     return ExitCode.DONE
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 from worker.sync.statistics import ExchangeStatistics
 
 PHASES = ("data", "forward", "backward", "exchange", "update")
+FOLLOWING = {"data": "forward", "forward": "backward", "backward": "data"}  # within a share of several pieces
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,9 @@ def validation_losses(validations: tuple[dict[str, Any], ...]) -> tuple[float, .
 class Meter:
     """Loss, right labels and samples of the global batches since it was made, and this rank's seconds by phase."""
 
-    def __init__(self) -> None:
+    def __init__(self, begin_phase: Callable[[str], None] = lambda phase: None) -> None:
+        """`begin_phase` is told which phase of computing a share begins."""
+        self._begin_phase = begin_phase
         self.began = perf_counter()
         self.phase_seconds = dict.fromkeys(PHASES, 0.0)
         self._loss = 0.0
@@ -47,6 +51,8 @@ class Meter:
         now = perf_counter()
         self.phase_seconds[phase] += now - self._lap
         self._lap = now
+        if phase in FOLLOWING:
+            self._begin_phase(FOLLOWING[phase])
 
     def lap_exchange(self, update_seconds: float) -> None:
         """What was done since the last lap was the exchange, of which so much was the optimizer's."""

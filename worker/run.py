@@ -109,6 +109,7 @@ def run_job(
         if result.stopped:
             say(result.stopped)
         watchdog.doing("writing the results")
+        world.beat.phase("results")
         nothing_done = result.position.step == start.step
         if nothing_done:
             say(f"nothing was left to do: the run has done its {start.epoch} epochs; ask for more with training.epochs")

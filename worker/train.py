@@ -109,10 +109,11 @@ def train(
             break
         order = sample_order(seed, epoch, samples)
         reader.begin_epoch(epoch)
-        meter, epoch_meter = Meter(), Meter()
+        meter, epoch_meter = Meter(world.beat.phase), Meter()
         for batch in range(batches):
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
+            world.beat.step(step, epoch + 1)
             first, last = batch_bounds(batch, samples, job.training.batch_size)
             low, high = own_share(first, last)
             following = order[:0]
@@ -122,6 +123,7 @@ def train(
 
             meter.start_step()
             sums = accumulator.compute(reader, order[low:high], following, Moment(seed, step, low - first), meter)
+            world.beat.phase("exchange")
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
             exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, report_due
             update_seconds_before = exchange.statistics.update_seconds
@@ -147,12 +149,13 @@ def train(
             epoch_meter.add(loss, correct, counted)
             if reports_due and batch < batches - 1:
                 report(Position(step, epoch + 1, samples_done), meter)
-                meter = Meter()
+                meter = Meter(world.beat.phase)
                 steady.pause()
 
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
             observers.doing(f"evaluating after epoch {epoch + 1}")
+            world.beat.phase("evaluate")
             with exchange.showing(AVERAGE) if averaged else nullcontext():
                 evaluation = evaluator.evaluate()
             if not math.isfinite(evaluation.loss):
@@ -164,6 +167,7 @@ def train(
             validations += (validation,)
         position = Position(step, epoch + 1, samples_done, validations)
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
+        world.beat.phase("checkpoint")
         checkpoint_time = observers.end_of_epoch(position)
         report(position, meter, validation)
         steady.pause()

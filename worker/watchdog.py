@@ -17,10 +17,14 @@ class Watchdog:
     Args:
         limit_seconds: how long one activity may take (`limits.stall_seconds`).
         on_stall: called once, from the watching thread, with a sentence; it is expected to end the process.
+        on_look: called from that thread each time it looks, which the process does as long as it runs at all.
     """
 
-    def __init__(self, limit_seconds: float, on_stall: Callable[[str], None]) -> None:
+    def __init__(
+        self, limit_seconds: float, on_stall: Callable[[str], None], on_look: Callable[[], None] = lambda: None
+    ) -> None:
         self._limit_seconds = limit_seconds
+        self._on_look = on_look
         self._on_stall = on_stall
         self._doing = "starting"
         self._since = monotonic()
@@ -39,11 +43,22 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        while not self._stopped.wait(min(1.0, self._limit_seconds / 4)):
-            stuck_seconds = monotonic() - self._since
+        looked = monotonic()
+        while not self._stopped.wait(look_seconds(self._limit_seconds)):
+            self._on_look()
+            now = monotonic()
+            if now - looked > self._limit_seconds / 2:
+                self._since = now  # we were stopped ourselves: that time is nobody's fault
+            looked = now
+            stuck_seconds = now - self._since
             if stuck_seconds > self._limit_seconds:
                 self._on_stall(
                     f"no progress for {stuck_seconds:.0f} s while {self._doing}; another rank is stuck or gone, "
                     f"or limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
                 )
                 return
+
+
+def look_seconds(limit_seconds: float) -> float:
+    """How long a watchdog waits between two looks."""
+    return min(1.0, limit_seconds / 4)

@@ -23,6 +23,7 @@ KILLED = re.compile(
 )
 EXITED = re.compile(r"Process name: \[[^\]]*,(?P<rank>\d+)\] Exit code: +(?P<code>\d+)")
 ABORTED = re.compile(r"has exited due to process rank (?P<rank>\d+) .*calling \"abort\"")
+GONE = re.compile(r"^error: rank (?P<rank>\d+) of \d+ on \S+: gone (?P<place>in [^;]*);", re.M)  # said by a survivor
 OWN_FAULT = re.compile(r"rank (?P<rank>\d+)(?: of \d+)?(?: on \S+)?: ")
 LAUNCHER_FAULTS = (
     (
@@ -122,6 +123,9 @@ def signal_words(number: int) -> str:
 def _killed_rank(match: re.Match[str], exit_code: int, logs: dict[int, list[str]]) -> Cause:
     rank, number = int(match["rank"]), int(match["signal"])
     message = f"rank {rank} on {match['host']} was killed by {signal_words(number)}"
+    said = GONE.finditer("\n".join(line for lines in logs.values() for line in lines))
+    if place := next((gone["place"] for gone in said if int(gone["rank"]) == rank), None):
+        message += f" {place}"
     return Cause("RankKilled", message, rank, exit_code, signal_name(number), _last(logs.get(rank) or logs.get(0, [])))
 
 
@@ -155,6 +159,8 @@ def _error_line(lines: list[str]) -> str | None:
 
 def _is_told(line: str, message: str) -> bool:
     """Whether the message already has the line: as one of the errors, or as the final words behind a bare exit code."""
+    if (gone := GONE.match(line)) is not None and gone["place"] in message:
+        return True
     words = line.removeprefix(ERROR_PREFIX).strip()
     return bool(words) and (words in message if line.startswith(ERROR_PREFIX) else message.endswith(f": {words}"))
 

@@ -162,6 +162,7 @@ class AllReduceExchange:
             scale *= np.float32(norm_factor(self._square_sum() / samples**2, self._clip_norm))
         before = perf_counter()
         ratios = None
+        self._world.beat.phase("update")
         if self._optimizer.direct:
             self._direct(step, scale)
             updating += perf_counter() - before
@@ -181,6 +182,7 @@ class AllReduceExchange:
             updating += after - reduced
             before = after
         worked = perf_counter()
+        self._world.beat.phase("publish")
         node.fence()
         left = perf_counter()
         statistics.wait_seconds += left - worked

@@ -162,6 +162,7 @@ class ReproducibleExchange(AllReduceExchange):
         if self._clip_norm:
             self._clip()
         updating = -perf_counter()
+        self._world.beat.phase("update")
         ratios = self._directed(step) if self._optimizer.direct else None
         for chunk in self._own_chunks:
             if ratios is not None:
@@ -170,6 +171,7 @@ class ReproducibleExchange(AllReduceExchange):
                 chunk.parameters, chunk.total, chunk.state, step, learning_rate, chunk.decayed
             )  # fmt: skip
         updating += perf_counter()
+        self._world.beat.phase("publish")
         self._fence()
         statistics.exchange_seconds += perf_counter() - began - updating
         statistics.update_seconds += updating

@@ -17,6 +17,7 @@ import numpy as np
 
 from protos.environment import FAST_START
 from protos.exit_codes import ExitCode
+from worker.beat import Beat
 from worker.errors import Fault, UsageFault
 
 T = TypeVar("T")
@@ -63,6 +64,7 @@ class World:
         self.rank = self.comm.Get_rank()
         self.size = self.comm.Get_size()
         self.host = socket.gethostname()
+        self.beat = Beat(self.rank, os.getpid())
         # Any: mpi4py's types call what Split returns a Comm, and windows want an Intracomm, which it is.
         self.node_comm: Any
         if ranks_per_node is None:

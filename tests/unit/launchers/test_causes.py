@@ -88,6 +88,14 @@ def test_a_killed_rank_is_the_cause_and_not_the_peers_that_noticed(explained):
     assert cause.message == "rank 1 on vm was killed by signal 9 (SIGKILL)"
 
 
+def test_what_a_survivor_saw_of_a_killed_rank_joins_its_signal(explained):
+    place = "in step 12 (epoch 2), phase forward"
+    logs = {0: f"epoch 1\nerror: rank 1 of 2 on vm: gone {place}; killed by a signal, which the launcher names\n"}
+    cause = explained(137, "rank_killed", logs)
+    assert (cause.reason, cause.message) == ("RankKilled", f"rank 1 on vm was killed by signal 9 (SIGKILL) {place}")
+    assert cause.last_lines == ("epoch 1",)
+
+
 def test_what_a_killed_rank_itself_called_an_error_comes_first(explained):
     said = {1: "error: rank 1 of 2 on vm: the loss is nan at step 7\n"}
     assert explained(134, "rank_killed", said).message == "rank 1 of 2 on vm: the loss is nan at step 7"

@@ -21,6 +21,13 @@ def test_an_activity_that_takes_too_long_is_named() -> None:
     assert "limits.stall_seconds (0.1)" in sentences[0]
 
 
+def test_a_rank_shows_that_it_lives_for_as_long_as_it_is_watched() -> None:
+    looked = threading.Event()
+    watchdog = Watchdog(0.1, lambda sentence: None, looked.set)
+    assert looked.wait(timeout=10)
+    watchdog.stop()
+
+
 def test_a_watchdog_that_was_stopped_says_nothing() -> None:
     sentences: list[str] = []
     watchdog = Watchdog(0.2, sentences.append)

@@ -1,0 +1,110 @@
+"""The beats of the ranks of one machine, in memory they share, and the sentences that say who is late or gone.
+
+Rules: nothing here waits for another rank but `open` and `close`, which are collective; what is read may be read at any
+time, from any thread. Of ranks on other machines only host and number are known: when all ranks here are equally far,
+one of those is late.
+"""
+
+from __future__ import annotations
+
+import os
+from time import monotonic
+from typing import NamedTuple
+
+import numpy as np
+
+from worker.beat import FIELDS, Seen, late, read
+from worker.sync.node import Node, shared_memory_shortage
+from worker.sync.world import World
+
+
+class Accusation(NamedTuple):
+    """What a rank that has waited too long can say."""
+
+    lines: tuple[str, ...]  # one for each rank that is late; empty where it cannot be told
+    turn: int  # how many others are to speak before: first the lowest that waits, of the machine where one is late
+
+
+class Heartbeats:
+    """The beats of this machine's ranks; `world.beat` lies among them from here on. Collective."""
+
+    def __init__(self, world: World, shared: bool) -> None:
+        """`shared`: off keeps every rank's beat to itself."""
+        self._world = world
+        needed = world.node_comm.Get_size() * FIELDS * np.dtype(np.float64).itemsize
+        readable = shared and shared_memory_shortage(needed) is None
+        self._node: Node | None = None
+        self._segments = [np.zeros(FIELDS)]
+        own = 0
+        everyone = world.gather_everywhere([world.host, readable])
+        if all(everyone[rank][1] for rank in range(world.size)):
+            self._node = Node(world)
+            self._segments, own = self._node.segments(FIELDS, np.float64), self._node.rank
+        world.beat.move(self._segments[own])
+        if self._node:
+            self._node.fence()
+        here = {one.rank for one in self.seen()}
+        self._elsewhere: dict[str, list[int]] = {}
+        for rank, (host, _) in enumerate(everyone):
+            if rank not in here:
+                self._elsewhere.setdefault(host, []).append(rank)
+
+    def seen(self) -> list[Seen]:
+        """All ranks whose beats can be read, lowest first."""
+        return [read(segment) for segment in self._segments]
+
+    def accuse(self, limit_seconds: float) -> Accusation:
+        """Who holds up this rank, which has waited for `limit_seconds` or more."""
+        now = monotonic()
+        seen = [one for one in self.seen() if not one.left]
+        guilty = late(seen, now, limit_seconds / 2, bool(self._elsewhere)) if seen else []
+        own = self._world.rank
+        remedy = f"it is stopped or overloaded, or limits.stall_seconds ({limit_seconds:g}) is too short for this job"
+        if guilty:
+            lines = tuple(f"{_stuck(self._who(one), one, now)}; the others wait: {remedy}" for one in guilty)
+            waiting = [one.rank for one in seen if one not in guilty]
+            return Accusation(lines, int(own != min(waiting, default=own)))
+        lowest = own == min((one.rank for one in seen), default=own)
+        if not self._elsewhere:
+            return Accusation((), int(not lowest))
+        there = " or ".join(f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items())
+        here = self._world.beat.seen()
+        line = f"{_stuck(self._who(here), here, now)}; waits for {there}: {remedy}"
+        return Accusation((line,), 1 if lowest else 2)
+
+    def spoken(self) -> bool:
+        """Whether a rank of this machine has said why the job ends."""
+        return any(one.spoken for one in self.seen())
+
+    def gone(self) -> list[str]:
+        """A line for each rank of this machine that ended without a word, where this rank is to say it.
+
+        That is the lowest of those left.
+        """
+        seen = self.seen()
+        dead = [one for one in seen if not one.left and not os.path.exists(f"/proc/{one.process}")]
+        if not dead or self._world.rank != min(one.rank for one in seen if one not in dead):
+            return []
+        return [
+            f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names" for one in dead
+        ]
+
+    def close(self) -> None:
+        """Give the shared memory back. Collective."""
+        self._world.beat.move(np.zeros(FIELDS))
+        if self._node:
+            self._node.close()
+
+    def _who(self, one: Seen) -> str:
+        return f"rank {one.rank} of {self._world.size} on {self._world.host}"
+
+
+def _stuck(who: str, one: Seen, now: float) -> str:
+    return f"{who}: no progress for {now - one.since:.0f} s in {one.place()}"
+
+
+def _numbers(ranks: list[int]) -> str:
+    """Ranks in short: 3, 4 to 7, or 1, 3, 5."""
+    if len(ranks) > 2 and ranks[-1] - ranks[0] == len(ranks) - 1:
+        return f"{ranks[0]} to {ranks[-1]}"
+    return ", ".join(map(str, ranks))
