@@ -16,8 +16,8 @@ from protos.rules import rule_of, schema_of
 from worker.plan.choices import FLOAT32, Choice, WireFormat
 from worker.plan.prediction import Practice
 
-# How worker/sync goes about it: every rank pushes for itself, and rank 0 starts the server beside it.
-PRACTICE: Final = Practice(buckets=True, node_pushes_once=False, servers_spread=False)
+# How worker/sync goes about it: a node is one worker, and servers are started on the nodes in turn.
+PRACTICE: Final = Practice(buckets=True, node_pushes_once=True, servers_spread=True)
 SERVERS: Final = (1, 2, 4, 8)
 LOCAL_STEPS: Final = (4, 16, 64)
 

@@ -1,14 +1,11 @@
 """What each wire format costs: bytes and coding seconds an element, measured here on a vector of the job's length.
 
-Rules: the names are those of the job file's schema, the codecs those of worker/compression. A format that no codec of
-this installation writes by itself has no known cost, and no plan offers it; so has every format where the package is
-not installed.
+Rules: the names are those of the job file's schema, the codecs those of worker/compression. A format that no codec
+writes by itself has no known cost, and no plan offers it.
 """
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 from collections.abc import Callable
 from time import perf_counter
 from typing import Any, Final
@@ -17,10 +14,12 @@ import numpy as np
 
 from protos import job_pb2
 from protos.rules import resolve, schema_of
+from worker.compression import FORMATS, make_codec
+from worker.compression.codec import BLOCK_ELEMENTS, encode_with_feedback, encoded_bytes
+from worker.compression.codec import decode as decode_all
 from worker.plan.choices import FLOAT32, WireFormat
 from worker.plan.machine import undisturbed
 
-COMPRESSION: Final = "worker.compression"
 MOST_ELEMENTS: Final = 1 << 20
 REPETITIONS: Final = 5
 
@@ -32,33 +31,29 @@ def measure_formats(job: job_pb2.JobSpec, parameters: int) -> tuple[list[WireFor
         return [], []
     kinds: Any = field.message_type
     names = [kind.name for kind in kinds.oneofs_by_name["kind"].fields if kind.name != FLOAT32.name]
-    if importlib.util.find_spec(COMPRESSION) is None:
-        return [], names
-    known = importlib.import_module(COMPRESSION).FORMATS
     elements = min(parameters, MOST_ELEMENTS)
-    return [_measured(job, name, elements) for name in names if name in known], [n for n in names if n not in known]
+    return [_measured(job, name, elements) for name in names if name in FORMATS], [n for n in names if n not in FORMATS]
 
 
 def _measured(job: job_pb2.JobSpec, name: str, elements: int) -> WireFormat:
-    compression, codecs = importlib.import_module(COMPRESSION), importlib.import_module(f"{COMPRESSION}.codec")
-    codec = compression.make_codec(_settings(job, name))
+    codec = make_codec(_settings(job, name))
     vector = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
     residual, decoded = np.zeros_like(vector), np.empty_like(vector)
-    scratch = np.empty(min(elements, codecs.BLOCK_ELEMENTS), np.float32)
-    encoded = np.empty(codecs.encoded_bytes(codec, elements), np.uint8)
+    scratch = np.empty(min(elements, BLOCK_ELEMENTS), np.float32)
+    encoded = np.empty(encoded_bytes(codec, elements), np.uint8)
 
     def encode() -> None:
-        codecs.encode_with_feedback(codec, vector, np.float32(1), residual, encoded, scratch)
+        encode_with_feedback(codec, vector, np.float32(1), residual, encoded, scratch)
 
     def decode() -> None:
-        codecs.decode(codec, encoded, decoded)
+        decode_all(codec, encoded, decoded)
 
     return WireFormat(
         name,
         len(encoded) / elements,
         _seconds(encode) / elements,
         _seconds(decode) / elements,
-        compression.FORMATS[name].sums_well,
+        FORMATS[name].sums_well,
     )
 
 
