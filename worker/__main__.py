@@ -245,7 +245,8 @@ def train(arguments: argparse.Namespace) -> int:
 
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
         """A fault of this rank alone ends the job for all."""
-        fail(place + (f"{world.beat.seen().place()}: " if in_phase else "") + what, ExitCode.FAILED)
+        here = world.beat.seen()
+        fail(place + (f"{here.place()}: " if in_phase and here.step else "") + what, ExitCode.FAILED)
         world.beat.leave(spoken=True)
         world.abort(ExitCode.FAILED)
 
