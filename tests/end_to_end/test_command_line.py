@@ -130,7 +130,8 @@ def test_a_killed_worker_ends_the_run_and_is_named(folder):
     os.kill(workers_of(folder)[1], signal.SIGKILL)
     _, errors = process.communicate(timeout=WAIT_SECONDS)
     assert process.returncode == 1
-    assert re.match(r"error: rank [01] on \S+ was killed by signal 9 \(SIGKILL\)\n", errors)
+    killed = r"error: rank [01] on \S+ was killed by signal 9 \(SIGKILL\) in step \d+ \(epoch \d+\), phase \w+\n"
+    assert re.match(killed, errors)
     assert errors.splitlines()[-1] == "  logs: out/logs"
     assert workers_of(folder) == []
 
