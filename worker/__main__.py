@@ -20,7 +20,6 @@ from worker.errors import Fault, UsageFault
 
 if TYPE_CHECKING:
     from protos import job_pb2
-    from worker.watchdog import Watchdog
 
 DEBUG = "PACELINE_DEBUG"
 
@@ -213,13 +212,8 @@ def train(arguments: argparse.Namespace) -> int:
         return found
 
     def stalled(sentence: str) -> None:
-        watchdog.leave()
         fail(place + sentence, ExitCode.FAILED)
         os._exit(ExitCode.FAILED)  # the main thread is blocked inside MPI; leaving makes the launcher end the others
-
-    def ended(gone: str | None) -> None:
-        if gone:
-            fail(place + gone, ExitCode.FAILED)
 
     try:
         # Together, though every rank reads the same file: one that left before rank 0 has spoken would silence it, for
@@ -229,37 +223,29 @@ def train(arguments: argparse.Namespace) -> int:
         return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
     watchdog = Watchdog(job.limits.stall_seconds, stalled)
     try:
-        began = processes.process_start_time()
-        run_job(world, job, arguments.output, arguments.resume, began, say, watchdog, ended)
+        run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)
     except AgreedFault as fault:
         if world.rank == 0:
             fail(str(fault), fault.exit_code)
         return fault.exit_code
     except (Fault, KeyboardInterrupt) as fault:
         fail(place + (str(fault) or "interrupted"), ExitCode.FAILED)
-        watchdog.leave()
         world.abort(ExitCode.FAILED)
     except MemoryError as error:
-        fail(f"{place}{where(watchdog)}{out_of_memory(error)}", ExitCode.FAILED)
-        watchdog.leave()
+        fail(place + out_of_memory(error), ExitCode.FAILED)
         world.abort(ExitCode.FAILED)
     except BaseException as error:
         # Whatever else happens to one rank must end all of them, or the others wait for ever.
         if arguments.log_dir is not None or DEBUG in os.environ:
             traceback.print_exc()
         kind = type(error).__name__
-        told = f"internal error: {kind}: {error}; set {DEBUG}=1 to see where, and please report it"
-        fail(f"{place}{where(watchdog)}{told}", ExitCode.FAILED)
-        watchdog.leave()
+        fail(
+            f"{place}internal error: {kind}: {error}; set {DEBUG}=1 to see where, and please report it", ExitCode.FAILED
+        )
         world.abort(ExitCode.FAILED)
     finally:
         watchdog.stop()
     return ExitCode.DONE
-
-
-def where(watchdog: Watchdog) -> str:
-    """Where this rank is, to put before a message; empty where it is not under way."""
-    return f"{watchdog.here()}: " if watchdog.here else ""
 
 
 def read_job(path: Path, settings: Sequence[str] = ()) -> job_pb2.JobSpec:

@@ -48,8 +48,6 @@ class Accumulator:
         loss, correct, samples = 0.0, 0.0, 0
         pieces = range(0, max(1, len(indices)), self.capacity)
         for first in pieces:
-            if first:
-                meter.enter("the data")
             features, targets = reader.take(indices[first : first + self.capacity])
             upcoming = following if first == pieces[-1] else indices[first + self.capacity :]
             if len(upcoming):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -11,7 +10,6 @@ from typing import Any
 from worker.sync.statistics import ExchangeStatistics
 
 PHASES = ("data", "forward", "backward", "exchange", "update")
-_NEXT = {"data": "forward", "forward": "backward", "backward": "the exchange", "exchange": "the data"}
 
 
 @dataclass(frozen=True)
@@ -32,9 +30,7 @@ def validation_losses(validations: tuple[dict[str, Any], ...]) -> tuple[float, .
 class Meter:
     """Loss, right labels and samples of the global batches since it was made, and this rank's seconds by phase."""
 
-    def __init__(self, enter: Callable[[str], None] | None = None) -> None:
-        """`enter` is told which phase comes next (worker/sync/progress.py)."""
-        self.enter = enter or (lambda phase: None)
+    def __init__(self) -> None:
         self.began = perf_counter()
         self.phase_seconds = dict.fromkeys(PHASES, 0.0)
         self._loss = 0.0
@@ -45,14 +41,12 @@ class Meter:
     def start_step(self) -> None:
         """A step begins now."""
         self._lap = perf_counter()
-        self.enter("the data")
 
     def lap(self, phase: str) -> None:
         """What was done since the last lap was `phase`."""
         now = perf_counter()
         self.phase_seconds[phase] += now - self._lap
         self._lap = now
-        self.enter(_NEXT[phase])
 
     def lap_exchange(self, update_seconds: float) -> None:
         """What was done since the last lap was the exchange, of which so much was the optimizer's."""

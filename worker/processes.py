@@ -10,9 +10,8 @@ import ctypes
 import os
 import signal
 import sys
-import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 # Which variable says it under which launcher: Open MPI, PMIx, MPICH and Intel MPI, Slurm.
@@ -53,25 +52,6 @@ def die_with_parent(environ: Mapping[str, str]) -> None:
     """Ask the kernel to end this rank when its launcher is gone, even if that was killed with SIGKILL."""
     if any(name in environ for name in RANK_VARIABLES):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def when_told_to_end(act: Callable[[], None]) -> None:
-    """On SIGTERM run `act` in a thread, also while this one is blocked inside MPI, and end as the signal would have."""
-    reader, writer = os.pipe()
-    os.set_blocking(writer, False)
-
-    def listen() -> None:
-        while signal.SIGTERM not in os.read(reader, 16):
-            continue  # another signal, which Python's own handler sees to
-        try:
-            act()
-        finally:
-            ctypes.CDLL(None).signal(signal.SIGTERM, None)  # SIG_DFL; Python lets only the main thread change it
-            os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
-    threading.Thread(target=listen, name="termination", daemon=True).start()
 
 
 def process_start_time() -> float:

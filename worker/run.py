@@ -17,7 +17,7 @@ import numpy as np
 
 from protos import job_pb2
 from protos.urls import shown
-from worker import output_folder, processes
+from worker import output_folder
 from worker.best_weights import BestWeights
 from worker.checkpoint import (
     Checkpoint,
@@ -38,7 +38,6 @@ from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync import compression_costs
 from worker.sync.exchange import Exchange, check_fits, open_exchange
-from worker.sync.progress import Progress
 from worker.sync.world import AgreedFault, World
 from worker.train import Observers, Result, train
 from worker.update import AVERAGE
@@ -53,21 +52,16 @@ def run_job(
     process_start_time: float,
     say: Callable[[str], None],
     watchdog: Watchdog,
-    told_to_end: Callable[[str | None], None] = lambda gone: None,
 ) -> None:
     """Train `job` and leave the output in `folder`. Collective.
 
     Args:
         process_start_time: seconds since the Unix epoch, for `seconds_to_first_step`.
         say: takes a line for people.
-        told_to_end: called from another thread when the launcher ends this rank (SIGTERM), with who is gone, if anyone.
 
     Raises:
         Fault: AgreedFault when every rank knows of it, any other when it is this rank's own.
     """
-    progress = Progress(world)
-    watchdog.explain, watchdog.here, watchdog.leave = progress.who_is_late, progress.here, progress.leave
-    processes.when_told_to_end(lambda: told_to_end(progress.who_is_gone()))
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
@@ -107,7 +101,6 @@ def run_job(
         report=reporter.report if reporter else lambda *_: None,
         end_of_epoch=lambda position: _checkpoint(world, job, prepared, exchange, folder, position, best),
         doing=watchdog.doing,
-        progress=progress,
     )
     try:
         # What overflows ends in a loss or a weight that is not finite, which is reported by step.
@@ -115,7 +108,6 @@ def run_job(
             result = train(world, job, prepared, exchange, start, observers)
         if result.stopped:
             say(result.stopped)
-        progress.enter("the results")
         watchdog.doing("writing the results")
         nothing_done = result.position.step == start.step
         if nothing_done:
@@ -149,8 +141,6 @@ def run_job(
             client.close()
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
-    watchdog.explain = watchdog.here = None
-    progress.close()
 
 
 def evaluated_weights(parameters: np.ndarray, state: dict[str, np.ndarray]) -> np.ndarray:

@@ -31,7 +31,6 @@ from worker.schedules import make_schedule
 from worker.sharded_accumulation import open_accumulator
 from worker.stopping import why_stop
 from worker.sync.exchange import TOTALS, Exchange
-from worker.sync.progress import Progress
 from worker.sync.world import World
 from worker.update import AVERAGE
 
@@ -46,7 +45,6 @@ class Observers:
     report: Callable[[dict[str, Any], list[dict[str, Any]], bool], None]  # report, all ranks' statistics, ends_epoch
     end_of_epoch: Callable[[Position], float | None]  # writes a checkpoint; rank 0 says when it was complete
     doing: Callable[[str], None]  # what comes next, for the watchdog
-    progress: Progress  # where this rank is, for the other ranks
 
 
 @dataclass(frozen=True)
@@ -96,8 +94,6 @@ def train(
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
             observers.report(line | (validation or {}), ranks, validation is not None)
 
-    progress = observers.progress
-    exchange.statistics.enter = progress.enter
     step, samples_done, validations = start.step, start.samples, start.validations
     learning_rate = schedule(samples_done, validation_losses(validations))
     first_step_time, highest_loss = 0.0, 0.0
@@ -113,7 +109,7 @@ def train(
             break
         order = sample_order(seed, epoch, samples)
         reader.begin_epoch(epoch)
-        meter, epoch_meter = Meter(progress.enter), Meter()
+        meter, epoch_meter = Meter(), Meter()
         for batch in range(batches):
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
@@ -124,7 +120,6 @@ def train(
                 following = order[slice(*own_share(*batch_bounds(batch + 1, samples, job.training.batch_size)))]
             learning_rate = schedule(samples_done, losses)
 
-            progress.enter("the data", step)
             meter.start_step()
             sums = accumulator.compute(reader, order[low:high], following, Moment(seed, step, low - first), meter)
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
@@ -152,12 +147,11 @@ def train(
             epoch_meter.add(loss, correct, counted)
             if reports_due and batch < batches - 1:
                 report(Position(step, epoch + 1, samples_done), meter)
-                meter = Meter(progress.enter)
+                meter = Meter()
                 steady.pause()
 
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
-            progress.enter("the evaluation")
             observers.doing(f"evaluating after epoch {epoch + 1}")
             with exchange.showing(AVERAGE) if averaged else nullcontext():
                 evaluation = evaluator.evaluate()
@@ -169,7 +163,6 @@ def train(
             validation = evaluation.as_report()
             validations += (validation,)
         position = Position(step, epoch + 1, samples_done, validations)
-        progress.enter("the checkpoint")
         observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
         checkpoint_time = observers.end_of_epoch(position)
         report(position, meter, validation)

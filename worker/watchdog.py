@@ -22,9 +22,6 @@ class Watchdog:
     def __init__(self, limit_seconds: float, on_stall: Callable[[str], None]) -> None:
         self._limit_seconds = limit_seconds
         self._on_stall = on_stall
-        self.explain: Callable[[], str] | None = None  # whom the activity waits for
-        self.here: Callable[[], str] | None = None  # where this rank is
-        self.leave: Callable[[], None] = lambda: None  # to be called before this rank ends by a fault of its own
         self._doing = "starting"
         self._since = monotonic()
         self._stopped = threading.Event()
@@ -42,18 +39,11 @@ class Watchdog:
         self._thread.join(timeout=5)
 
     def _watch(self) -> None:
-        interval_seconds = min(1.0, self._limit_seconds / 4)
-        looked = monotonic()
-        while not self._stopped.wait(interval_seconds):
-            now = monotonic()
-            # A process that was stopped (SIGSTOP, a suspended machine) has not had the time that has passed.
-            self._since += max(0.0, now - looked - 2 * interval_seconds)
-            looked = now
-            stuck_seconds = now - self._since
+        while not self._stopped.wait(min(1.0, self._limit_seconds / 4)):
+            stuck_seconds = monotonic() - self._since
             if stuck_seconds > self._limit_seconds:
-                why = self.explain() if self.explain else "another rank is stuck or gone"
                 self._on_stall(
-                    f"no progress for {stuck_seconds:.0f} s while {self._doing}: {why}; "
+                    f"no progress for {stuck_seconds:.0f} s while {self._doing}; another rank is stuck or gone, "
                     f"or limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
                 )
                 return

@@ -161,7 +161,6 @@ class AllReduceExchange:
         if self._clip_norm:
             scale *= np.float32(norm_factor(self._square_sum() / samples**2, self._clip_norm))
         before = perf_counter()
-        statistics.enter("the update")
         ratios = None
         if self._optimizer.direct:
             self._direct(step, scale)
@@ -182,7 +181,6 @@ class AllReduceExchange:
             updating += after - reduced
             before = after
         worked = perf_counter()
-        statistics.enter("the exchange")
         node.fence()
         left = perf_counter()
         statistics.wait_seconds += left - worked

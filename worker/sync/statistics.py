@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -15,7 +14,6 @@ class ExchangeStatistics:
     update_seconds: float = 0.0  # the optimizer
     sent_bytes: dict[str, int] = field(default_factory=dict)  # by transport
     received_bytes: dict[str, int] = field(default_factory=dict)
-    enter: Callable[[str], None] = lambda phase: None  # is told where this rank is (progress.py)
 
     def sent(self, transport: str, count: int) -> None:
         """Count `count` payload bytes that left this rank."""
