@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 from coordinator.launchers.local import LauncherMissing
+from tests.benchmarks import exchange_alone
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, MATRIX_PRODUCTS, ONE_RANK, Contender, Run
 from tests.benchmarks.data_set import write_data
@@ -19,6 +20,7 @@ from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
 from tests.benchmarks.measurement import KERNEL_WISHES, BenchmarkFailed, Measurement
 from tests.benchmarks.rounds import Outcome, run_rounds
 from tests.benchmarks.table import (
+    Table,
     footprint_table,
     format_markdown,
     format_text,
@@ -26,6 +28,7 @@ from tests.benchmarks.table import (
     throughput_table,
 )
 
+EXCHANGE = "exchange"  # among the networks' names: the exchange alone
 PEERS_ENVIRONMENT = Path(".venv-peers")
 CAPTION = """\
 Training with Adam and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28 or, the
@@ -48,9 +51,9 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--quick", action="store_true", help="one short round, about two minutes, to see that everything runs"
     )
-    names = [case.name for case in CASES]
+    names = [*(case.name for case in CASES), EXCHANGE]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME",
-                        help=f"this network alone ({', '.join(names)}); may be repeated")  # fmt: skip
+                        help=f"this alone ({', '.join(names)}); may be repeated")  # fmt: skip
     parser.add_argument("--rounds", type=positive_integer, default=3, metavar="N", help="timed rounds (default 3)")
     parser.add_argument("--seconds", type=positive_number, default=2.0, metavar="S",
                         help="length of the timed part of a run (default 2)")  # fmt: skip
@@ -93,6 +96,16 @@ def benchmark(cases: list[Case], peers_python: Path, rounds: int, seconds: float
     return run_rounds(cases, timed, rounds, seconds, measure, tell)
 
 
+def benchmark_exchange(peers_python: Path, rounds: int, scratch: Path) -> Table:
+    """The exchange alone, all rounds."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in exchange_alone.SIDES}
+    for number in range(1, rounds + 1):
+        for side in exchange_alone.SIDES:
+            found[side].append(exchange_alone.measure(side, peers_python, scratch))
+            tell(f"round {number} of {rounds}  {EXCHANGE}  {side}")
+    return exchange_alone.exchange_table(found)
+
+
 def tell(line: str) -> None:
     """Progress goes to standard error: standard output holds the tables alone."""
     print(line, file=sys.stderr, flush=True)
@@ -113,10 +126,12 @@ def main() -> int:
     if warning:
         tell(f"warning: {warning}")
 
+    with_exchange = not arguments.only or EXCHANGE in arguments.only
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="paceline-bench-") as scratch:
         try:
-            results, absent = benchmark(cases, peers_python, rounds, seconds, Path(scratch))
+            results, absent = benchmark(cases, peers_python, rounds, seconds, Path(scratch)) if cases else ({}, {})
+            exchange = [benchmark_exchange(peers_python, rounds, Path(scratch))] if with_exchange else []
         except (BenchmarkFailed, LauncherMissing) as failed:
             tell(f"error: {failed}")
             return 1
@@ -131,12 +146,17 @@ def main() -> int:
         facts["warning"] = "--quick: one round of a few steps; these figures say only that everything runs"
     if absent:
         facts["absent"] = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-    tables = (
-        throughput_table(results, cases, CONTENDERS),
-        footprint_table(results, cases, CONTENDERS),
-        product_table(results, cases, ONE_RANK, MATRIX_PRODUCTS),
-    )
-    caption = CAPTION.format(rounds=rounds)
+    tables = exchange
+    captions = [exchange_alone.CAPTION] if exchange else []
+    if cases:
+        tables = [
+            throughput_table(results, cases, CONTENDERS),
+            footprint_table(results, cases, CONTENDERS),
+            product_table(results, cases, ONE_RANK, MATRIX_PRODUCTS),
+            *exchange,
+        ]
+        captions.insert(0, CAPTION.format(rounds=rounds))
+    caption = "\n\n".join(captions)
     listed = "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
     print(listed, *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
     if arguments.markdown:

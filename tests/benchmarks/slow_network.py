@@ -41,6 +41,7 @@ CHOICES: dict[str, Any] = {
     "all-reduce, top_k 1 %": {"all_reduce": {"wire_format": {"top_k": {"fraction": 0.01}}}},
     "all-reduce, sign": {"all_reduce": {"wire_format": "sign"}},
     "all-reduce, power_sgd of rank 4": {"all_reduce": {"wire_format": {"power_sgd": {"rank": 4}}}},
+    "parameter server": {"parameter_server": {}},
     "local steps, average every 25": {"local": {"steps": 25}},
     "local steps, nesterov every 25": {"local": {"steps": 25, "outer": "nesterov"}},
 }

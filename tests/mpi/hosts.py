@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -223,17 +223,23 @@ def _await_sshd(host: Host, daemon: "subprocess.Popen[bytes]", folder: Path) -> 
 
 def _take_down(hosts: Sequence[Host], daemons: Sequence["subprocess.Popen[bytes]"], switch: str) -> None:
     """What was made, as far as it was; each thing is tried whatever became of the others."""
-    namespaces = [host for host in hosts if Path("/run/netns", host.namespace).exists()]
-    for host in namespaces:
-        for pid in host.pids():
-            with suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-    for daemon in daemons:
-        daemon.wait(COMMAND_SECONDS)
-    for host in namespaces:
-        _run("ip", "netns", "del", host.namespace)
-    if Path("/sys/class/net", switch).exists():
-        _run("ip", "link", "del", switch)
+    with ExitStack() as stack:  # which runs every one of these, last first, and raises the first fault behind them
+        if Path("/sys/class/net", switch).exists():
+            stack.callback(_run, "ip", "link", "del", switch)
+        for host in hosts:
+            if Path("/run/netns", host.namespace).exists():
+                stack.callback(_run, "ip", "netns", "del", host.namespace)
+        for daemon in daemons:
+            stack.callback(daemon.wait, COMMAND_SECONDS)
+        for host in hosts:
+            if Path("/run/netns", host.namespace).exists():
+                stack.callback(_kill_all, host)
+
+
+def _kill_all(host: Host) -> None:
+    for pid in host.pids():
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def _find(program: str) -> str | None:
