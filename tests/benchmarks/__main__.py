@@ -137,6 +137,7 @@ def main() -> int:
             return 1
 
     facts = machine_facts(run.version for runs in results.values() for run in runs if run.version)
+    facts = {name: fact for name, fact in facts.items() if fact}  # the exchange alone states no peers' versions
     withheld = [f"{name}={os.environ[name]}" for name in KERNEL_WISHES if name in os.environ]
     if withheld:
         facts["withheld"] = f"{', '.join(withheld)}, so that every library chooses its own kernels"

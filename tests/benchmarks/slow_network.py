@@ -162,7 +162,8 @@ def main() -> int:
                 runs[name].append(run)
                 when = "not" if run.target_seconds is None else f"in {run.target_seconds:.1f} s"
                 tell(f"round {round_number}  {name}  reached {when}, {run.accuracy:.4f} at the end")
-    facts = machine_facts([]) | {"link": f"{arguments.megabits:g} Mbit/s"} | ({"warning": warning} if warning else {})
+    stated = {name: fact for name, fact in machine_facts([]).items() if fact}
+    facts = stated | {"link": f"{arguments.megabits:g} Mbit/s"} | ({"warning": warning} if warning else {})
     table = make_table(runs, arguments.target)
     caption = CAPTION.format(samples=SAMPLES, epochs=EPOCHS)
     print("\n".join(f"{name:<10} {fact}" for name, fact in facts.items()), format_text(table), caption, sep="\n\n")
