@@ -12,3 +12,6 @@ SERVER_ADDRESS = "PACELINE_SERVER"  # what client verbs take when --server is ab
 # The pip-installed Open MPI probes UCX for a second at start and prints errors about it. Where there is no InfiniBand,
 # naming the transports saves that second.
 FAST_START = {"OMPI_MCA_pml": "ob1", "OMPI_MCA_btl": "self,sm,tcp", "OMPI_MCA_osc": "^ucx"}
+
+# Without both, mpirun refuses to run as root, as in most containers. They mean nothing to other users.
+ROOT_ALLOWED = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.launchers.causes import LAUNCHER_LOG, Cause, explain
-from protos.environment import FAST_START
+from protos.environment import FAST_START, ROOT_ALLOWED
 
 __all__ = [
     "Cause",
@@ -38,11 +38,6 @@ __all__ = [
     "start",
 ]
 
-# Without both, mpirun refuses to run as root, as in most containers. They mean nothing to other users.
-ROOT_ALLOWED = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-}
 # A rank that waits by spinning would keep the core from the rank it waits for.
 YIELD_WHEN_IDLE = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 

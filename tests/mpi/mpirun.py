@@ -4,13 +4,12 @@ import shutil
 import sys
 from pathlib import Path
 
+from protos.environment import FAST_START, ROOT_ALLOWED
+
 PROJECT = Path(__file__).parents[2]
 ENVIRONMENT = {
-    "OMPI_ALLOW_RUN_AS_ROOT": "1",
-    "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
-    "OMPI_MCA_pml": "ob1",
-    "OMPI_MCA_btl": "self,sm,tcp",
-    "OMPI_MCA_osc": "^ucx",
+    **ROOT_ALLOWED,
+    **FAST_START,
     "OMPI_MCA_mpi_yield_when_idle": "1",
     "OPENBLAS_NUM_THREADS": "1",
 }

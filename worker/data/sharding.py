@@ -7,6 +7,7 @@ under every NumPy version; NumPy promises that of bit generators but not of `Gen
 """
 
 import math
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +50,11 @@ def batch_bounds(step_in_epoch: int, samples: int, batch_size: int) -> tuple[int
         raise IndexError(f"step {step_in_epoch} of an epoch of {steps_per_epoch(samples, batch_size)} steps")
     start = step_in_epoch * batch_size
     return start, min(start + batch_size, samples) if batch_size else samples
+
+
+def samples_of(ranks: Iterable[int], samples: int, world: int) -> int:
+    """How many samples of a batch these ranks take."""
+    return sum(stop - start for start, stop in (share(0, samples, rank, world) for rank in ranks))
 
 
 def share(start: int, stop: int, rank: int, world: int) -> tuple[int, int]:

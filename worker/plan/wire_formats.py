@@ -26,10 +26,7 @@ REPETITIONS: Final = 5
 
 def measure_formats(job: job_pb2.JobSpec, parameters: int) -> tuple[list[WireFormat], list[str]]:
     """The formats whose cost is known for a vector of so many elements, and the names of the others."""
-    field = schema_of(job_pb2.AllReduceSync()).fields_by_name.get("wire_format")
-    if field is None:
-        return [], []
-    kinds: Any = field.message_type
+    kinds: Any = schema_of(job_pb2.WireFormat())
     names = [kind.name for kind in kinds.oneofs_by_name["kind"].fields if kind.name != FLOAT32.name]
     elements = min(parameters, MOST_ELEMENTS)
     return [_measured(job, name, elements) for name in names if name in FORMATS], [n for n in names if n not in FORMATS]

@@ -83,7 +83,7 @@ class AllReduceExchange:
 
         `wire`: how gradients travel between nodes; None is float32.
         """
-        reason = leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
+        unshared = leave_shared_memory(world, shared_memory, parameter_count, total_count + 2 * len(decayed))
         self.node = node = Node(world)
         self.statistics = ExchangeStatistics()
         self._world = world
@@ -124,7 +124,7 @@ class AllReduceExchange:
             else:
                 self._between_nodes = Buckets(world, node, own, parameter_count, largest, self.statistics, overlap)
         self.finished: Finished | None = self._between_nodes.finished if self._between_nodes else None
-        lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
+        lines = [unshared] if unshared else []
         lines += self._between_nodes.lines if self._between_nodes else []
         self.note = "\n".join(lines) or None
         self._chunks = self._cut(segments, start, stop, decayed)
@@ -342,7 +342,7 @@ def _sum(chunk: Chunk) -> None:
 
 
 def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
-    """Make every rank its own node where that is asked for, or the windows would not fit somewhere; returns why.
+    """Make every rank its own node where that is asked for, or the windows would not fit; returns a line that says why.
 
     Args:
         sum_count: float64 sums of one rank that lie in windows too.
@@ -358,4 +358,4 @@ def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_co
             return None
         reason = found[0]
     world.split_nodes_into_ranks()
-    return reason
+    return f"shared memory is not used: {reason}; every rank is its own node"

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from protos import job_pb2
-from worker.data.sharding import share
+from worker.data.sharding import samples_of
 from worker.errors import ReplicaFault
 from worker.optimizers import Optimizer, momentum, sgd
 from worker.sync.all_reduce import AllReduceExchange, slice_bounds
@@ -97,8 +97,7 @@ class LocalStepsExchange:
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn the gradients of this replica into its new `parameters`; `samples` are those of the whole batch."""
-        size = self._world.size
-        own = sum(stop - start for start, stop in (share(0, samples, rank, size) for rank in self._ranks))
+        own = samples_of(self._ranks, samples, self._world.size)
         if own:
             self._inner.step(step, own, learning_rate)
         self._carried += self.totals[: len(self._carried)]

@@ -25,7 +25,7 @@ from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
-from worker.data.sharding import share
+from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
@@ -126,14 +126,10 @@ class ParameterServerExchange:
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
-        self._share_of = share_of or self._equal_share
+        self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._closed = threading.Event()
-
-    def _equal_share(self, samples: int) -> int:
-        first, last = share(0, samples, self._worker, self._workers)
-        return last - first
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.

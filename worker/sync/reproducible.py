@@ -96,8 +96,7 @@ class ReproducibleExchange(AllReduceExchange):
     ) -> None:
         """`shards`: that a batch is cut into. `shared_memory`: off makes every rank its own node."""
         depth = most_slots(shards, world.size)
-        reason = leave_shared_memory(world, shared_memory, depth * parameter_count, shards * total_count)
-        self.note = f"shared memory is not used: {reason}; every rank is its own node" if reason else None
+        self.note = leave_shared_memory(world, shared_memory, depth * parameter_count, shards * total_count)
         self._world, self._wire, self._compressed, self._carried = world, None, None, None
         self.finished = self._between_nodes = None  # a subtree's sum is finished when its last shard's gradient is
         self.node = node = Node(world)

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import secrets
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -22,7 +22,7 @@ import numpy as np
 
 from protos import environment, job_pb2
 from worker.checkpoint import STATE_PREFIX, Checkpoint
-from worker.data.sharding import share
+from worker.data.sharding import samples_of
 from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
@@ -240,9 +240,9 @@ def open_server_exchange(
     if job.training.reproducible:  # what each rank computes is added up by the servers alone, in the tree's order
         world.split_nodes_into_ranks()
         buffers = make_shard_buffers(world, job.training.virtual_shards, count, total_count)
-    reason = leave_shared_memory(world, True, count, total_count)
+    unshared = leave_shared_memory(world, True, count, total_count)
     node = Node(world)
-    lines = [f"shared memory is not used: {reason}; every rank is its own node"] if reason else []
+    lines = [unshared] if unshared else []
     if len(parts) < asked:
         lines.append(f"{len(parts)} parameter servers instead of {asked}: the model has {count} parameters")
     exchange = ServerExchange(world, node, count, total_count, "\n".join(lines) or None, buffers, at_once)
@@ -291,18 +291,13 @@ def open_server_exchange(
         addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
         *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
         pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
-        pushed=buffers.pushed() if buffers else None, share_of=lambda samples: _samples_of(ranks, samples, world.size),
+        pushed=buffers.pushed() if buffers else None, share_of=lambda samples: samples_of(ranks, samples, world.size),
     )  # fmt: skip
     world.agree(worker.join)
     held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]
     world.agree(lambda: check_ranges(held, count))
     exchange.use(worker, servers, len(parts))
     return exchange
-
-
-def _samples_of(ranks: Sequence[int], samples: int, world_size: int) -> int:
-    """How many samples of a batch these ranks compute."""
-    return sum(stop - start for start, stop in (share(0, samples, rank, world_size) for rank in ranks))
 
 
 def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]:
