@@ -196,6 +196,7 @@ def train(arguments: argparse.Namespace) -> int:
     reproducible = not isinstance(found, UsageFault) and found.training.reproducible
     processes.set_blas_threads(os.environ, os.cpu_count() or 1, reproducible)
 
+    from worker.memory import MemoryPeak
     from worker.run import run_job
     from worker.sync.heartbeats import Heartbeats
     from worker.sync.world import AgreedFault, World
@@ -240,7 +241,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
     heartbeats = Heartbeats(world, shared_memory)
-    watchdog = Watchdog(job.limits.stall_seconds, stalled, world.beat.live)
+    memory = MemoryPeak()
+
+    def look() -> None:
+        world.beat.live()
+        memory.look()
+
+    watchdog = Watchdog(job.limits.stall_seconds, stalled, look, is_alone=world.size == 1)
     last_words = LastWords(say_who_is_gone) if world.size > 1 else None
 
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
@@ -251,7 +258,7 @@ def train(arguments: argparse.Namespace) -> int:
         world.abort(ExitCode.FAILED)
 
     try:
-        run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)
+        run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog, memory)
     except AgreedFault as fault:
         if world.rank == 0:
             fail(str(fault), fault.exit_code)

@@ -14,6 +14,7 @@ from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sharding import steps_per_epoch
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
+from worker.data.stored_array import Progress, unwatched
 from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
@@ -32,18 +33,23 @@ class Prepared:
     model: Model
     augmentation: Augmentation | None = None  # of the training samples
 
+    @property
+    def maps_data(self) -> bool:
+        """Some of the data is read from memory-mapped files."""
+        return self.train.is_mapped or (self.validation is not None and self.validation.is_mapped)
 
-def prepare(job: job_pb2.JobSpec) -> Prepared:
-    """Open the data and build the model.
+
+def prepare(job: job_pb2.JobSpec, progress: Progress = unwatched) -> Prepared:
+    """Open the data and build the model; `progress` is told that passes over the data go on.
 
     Raises:
         DataFault, ModelFault: naming the file, the row or the layer.
     """
     target_kind = TARGET_KIND[str(job.loss.WhichOneof("kind"))]
-    train = open_source(job.data.train, target_kind)
+    train = open_source(job.data.train, target_kind, progress)
     validation = None
     if job.data.HasField("validation"):
-        validation = open_source(job.data.validation, target_kind)
+        validation = open_source(job.data.validation, target_kind, progress)
         if validation.sample_shape != train.sample_shape:
             raise DataFault(
                 f"{validation.place}: samples of shape {validation.sample_shape}, "
@@ -63,12 +69,12 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             model.check_targets(dataset.targets_to_check, dataset.place)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
-    preprocessing = make_preprocessing(job.data, train)
+    preprocessing = make_preprocessing(job.data, train, progress)
     first_layer = model.layers[0].layer
     if isinstance(first_layer, Embedding):
         for dataset in (train, validation):
             if dataset is not None:
-                check_tokens(dataset, preprocessing, first_layer)
+                check_tokens(dataset, preprocessing, first_layer, progress)
     return Prepared(train, validation, preprocessing, model, augmentation)
 
 

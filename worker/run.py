@@ -32,6 +32,7 @@ from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, validation_losses
+from worker.memory import MemoryPeak
 from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, prepare, remark
 from worker.reporter import Reporter
@@ -52,6 +53,7 @@ def run_job(
     process_start_time: float,
     say: Callable[[str], None],
     watchdog: Watchdog,
+    memory: MemoryPeak,
 ) -> None:
     """Train `job` and leave the output in `folder`. Collective.
 
@@ -64,7 +66,7 @@ def run_job(
     """
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
-    prepared = world.agree(lambda: prepare(job))
+    prepared = world.agree(lambda: prepare(job, lambda: watchdog.doing("opening the data")))
     world.agree(lambda: check_shares(prepared, job, world.size))
     shards = job.training.virtual_shards
     if job.training.reproducible and shards < world.size:
@@ -113,7 +115,7 @@ def run_job(
         nothing_done = result.position.step == start.step
         if nothing_done:
             say(f"nothing was left to do: the run has done its {start.epoch} epochs; ask for more with training.epochs")
-        peaks = world.gather_everywhere(peak_memory_bytes())
+        peaks = world.gather_everywhere(memory.bytes(prepared.maps_data))
         state = exchange.gather_state() if job.training.HasField("average") else {}
         if world.rank == 0 and not (nothing_done and output_folder.is_finished(folder)):
             if best is None or best.weights is None:
@@ -181,14 +183,6 @@ def summarize(
         "peak_memory_bytes": peak_bytes,
     }
     return {name: value for name, value in summary.items() if value is not None}
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at once, shared pages it touched included.
-
-    From Linux's VmHWM: getrusage's ru_maxrss keeps what the parent process held when it started this one.
-    """
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _open_folder(

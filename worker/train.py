@@ -15,6 +15,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, time
 from typing import Any
 
@@ -154,10 +155,11 @@ def train(
 
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
-            observers.doing(f"evaluating after epoch {epoch + 1}")
+            evaluating = f"evaluating after epoch {epoch + 1}"
+            observers.doing(evaluating)
             world.beat.phase("evaluate")
             with exchange.showing(AVERAGE) if averaged else nullcontext():
-                evaluation = evaluator.evaluate()
+                evaluation = evaluator.evaluate(partial(observers.doing, evaluating))
             if not math.isfinite(evaluation.loss):
                 raise TrainingFault(
                     f"step {step} (end of epoch {epoch + 1}): the validation loss is {evaluation.loss:g}; look for "

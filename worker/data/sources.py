@@ -17,7 +17,7 @@ from protos import job_pb2
 from worker.data.idx import read_idx
 from worker.data.numpy_files import read_npy, read_npz
 from worker.data.parquet import read_parquet, read_parquet_features
-from worker.data.stored_array import StoredArray, check_finite, check_numbers
+from worker.data.stored_array import Progress, StoredArray, check_finite, check_numbers, is_mapped, unwatched
 from worker.data.stores import localized, with_urls
 from worker.data.table import read_csv, read_csv_features
 from worker.data.targets import as_targets
@@ -42,6 +42,11 @@ class Dataset:
         return sample_shape(self.features)
 
     @property
+    def is_mapped(self) -> bool:
+        """Features or targets are read from a memory-mapped file."""
+        return is_mapped(self.features) or is_mapped(self.targets)
+
+    @property
     def targets_to_check(self) -> NDArray[Any]:
         """What stands for all targets where it is asked whether a model can learn them.
 
@@ -60,7 +65,7 @@ def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
     return inner or (1,)
 
 
-def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
+def open_source(source: job_pb2.Source, target_kind: str, progress: Progress = unwatched) -> Dataset:
     """The data set a job names, checked; DataFault naming file, value and remedy.
 
     target_kind: "labels" for targets int64 (n,), "values" for float32 (n, k). Text has labels for each byte of a
@@ -68,15 +73,15 @@ def open_source(source: job_pb2.Source, target_kind: str) -> Dataset:
     """
     local, urls = localized(source)
     if not urls:
-        return _open_local(source, target_kind)
+        return _open_local(source, target_kind, progress)
     try:
-        dataset = _open_local(local, target_kind)
+        dataset = _open_local(local, target_kind, progress)
     except DataFault as fault:
         raise DataFault(with_urls(str(fault), urls)) from fault
     return replace(dataset, place=with_urls(dataset.place, urls))
 
 
-def _open_local(source: job_pb2.Source, target_kind: str) -> Dataset:
+def _open_local(source: job_pb2.Source, target_kind: str, progress: Progress) -> Dataset:
     kind = source.WhichOneof("kind")
     if kind is None:
         raise DataFault(f"data source: names no kind; the kinds are: {', '.join(OPENERS)}")
@@ -84,13 +89,13 @@ def _open_local(source: job_pb2.Source, target_kind: str) -> Dataset:
         features, targets = OPENERS[kind](getattr(source, kind))
         if kind == "text":  # bytes are whole, finite and labels as they are
             return _text_dataset(features, targets, target_kind)
-        _check_features(features)
+        _check_features(features, progress)
         place = _both(features.place, targets.place)
         check_numbers(targets, "targets")
         samples, answers = len(features.values), len(targets.values)
         if samples != answers:
             raise DataFault(f"{place}: {samples} samples but {answers} targets; name two that belong together")
-        return Dataset(features.values, as_targets(targets, target_kind), None, place)
+        return Dataset(features.values, as_targets(targets, target_kind, progress), None, place)
     except MemoryError as error:
         raise DataFault(
             f"data source {kind}: does not fit in memory ({error}); store it as npy, which is memory-mapped"
@@ -114,14 +119,14 @@ def open_features(path: str) -> NDArray[Any]:
     return array.values
 
 
-def _check_features(array: StoredArray) -> None:
+def _check_features(array: StoredArray, progress: Progress = unwatched) -> None:
     check_numbers(array, "features")
     if array.values.ndim > 4:
         raise DataFault(
             f"{array.place}: features have shape {array.values.shape}; "
             "a sample is (features,) or (height, width, channels): reshape the array to at most 4 axes"
         )
-    check_finite(array, "features")
+    check_finite(array, "features", progress)
 
 
 def _text_dataset(features: StoredArray, targets: StoredArray, target_kind: str) -> Dataset:

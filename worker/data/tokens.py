@@ -9,13 +9,15 @@ import numpy as np
 from worker.data.batches import BatchReader
 from worker.data.preprocessing import Preprocessing
 from worker.data.sources import Dataset
-from worker.data.stored_array import BLOCK_BYTES
+from worker.data.stored_array import BLOCK_BYTES, Progress, unwatched
 from worker.data.text import LARGEST_BYTE
 from worker.engine.layers.embedding import Embedding, token_fault
 from worker.errors import DataFault
 
 
-def check_tokens(dataset: Dataset, preprocessing: Preprocessing, embedding: Embedding) -> None:
+def check_tokens(
+    dataset: Dataset, preprocessing: Preprocessing, embedding: Embedding, progress: Progress = unwatched
+) -> None:
     """DataFault naming the file, the sample and the value of the first that is no token of the vocabulary."""
     bytes_as_they_are = dataset.features.dtype == np.uint8 and preprocessing == Preprocessing()
     if bytes_as_they_are and embedding.vocabulary > LARGEST_BYTE:
@@ -24,6 +26,7 @@ def check_tokens(dataset: Dataset, preprocessing: Preprocessing, embedding: Embe
     block = max(1, min(samples, BLOCK_BYTES // (4 * embedding.tokens_per_sample)))
     reader = BatchReader(dataset, preprocessing, block)
     for start in range(0, samples, block):
+        progress()
         features, _ = reader.take(np.arange(start, min(start + block, samples)))
         wrong = embedding.wrong_tokens(features)
         if wrong is None:

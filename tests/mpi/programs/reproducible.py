@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from protos.job_file import read_job_file
 from worker import run
+from worker.memory import MemoryPeak
 from worker.sync.world import World
 from worker.watchdog import Watchdog
 
@@ -27,7 +28,7 @@ def main() -> None:
         world = World(ranks_per_node=ranks_per_node or None)
         watchdog = Watchdog(60, lambda sentence: print(sentence, file=sys.stderr))
         output = outputs / path.stem
-        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, lambda line: None, watchdog)
+        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, lambda line: None, watchdog, MemoryPeak())
         watchdog.stop()
         if world.rank == 0:
             print(path.stem, digest(output), flush=True)
