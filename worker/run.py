@@ -132,7 +132,7 @@ def run_job(
                 say(costs)
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
-        # Every rank saw the same totals, so every rank is here.
+        # Every rank took the step and saw the same totals, so every rank is here.
         kept = "no checkpoint was written yet"
         if world.rank == 0 and output_folder.has_checkpoint(folder):
             kept = f"the last good checkpoint is kept in {folder / output_folder.CHECKPOINTS}"

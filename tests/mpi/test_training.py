@@ -1,12 +1,14 @@
 """`paceline-worker train` under mpirun: the same result on any number of ranks, by either exchange, resumed or not."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, train, write_data, write_job
+from worker.data.sharding import sample_order
 
 RANKS = (2, 3, 5)
 
@@ -139,6 +141,39 @@ def test_an_infinite_validation_loss_stops_the_run_and_keeps_the_checkpoint_befo
     assert "(end of epoch 1): the validation loss is inf" in done.stderr
     assert not (tmp_path / "out" / "summary.json").exists()
     assert "Infinity" not in (tmp_path / "out" / "metrics.jsonl").read_text()
+
+
+MODES = ["asynchronous", {"bounded_staleness": {"steps": 2}}]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_that_diverges_at_a_step_of_its_own_says_so_itself(run_ranks, data, tmp_path, mode) -> None:
+    """The others are at other steps, so that it cannot be left to rank 0."""
+    job = write_job(tmp_path, data, "sgd", {"parameter_server": {"mode": mode}})
+    wild = "optimizer.sgd.learning_rate=1e8"
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", "--set", wild])
+    assert done.returncode == 1
+    assert re.search(r"^error: rank [01] of 2 on \S+: step \d+ \(epoch 1\): the loss is ", done.stderr, re.MULTILINE)
+    assert "no progress" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_whose_gradient_a_server_refuses_says_so_itself(run_ranks, tmp_path, mode) -> None:
+    samples = 40
+    features = np.random.default_rng(1).standard_normal((samples, 4)).astype(np.float32)
+    features[sample_order(3, 0, samples)[-1]] = 1e30  # in the last rank's share
+    np.savez(tmp_path / "huge.npz", x=features, y=np.zeros((samples, 2)))
+    job = write_job(
+        *(tmp_path, tmp_path / "huge.npz", "sgd", {"parameter_server": {"mode": mode}}),
+        training={"batch_size": 0},
+        model=[{"dense": {"units": 2}}],
+        loss="mean_squared_error",
+    )
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": {"train": {"npz": {"path": "huge.npz"}}}}))
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 1
+    assert re.search(r"^error: rank 1 of 2 on \S+: parameter server \S+, step 1: ", done.stderr, re.MULTILINE)
+    assert "no progress" not in done.stderr
 
 
 def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_folder(run_ranks, data, tmp_path) -> None:

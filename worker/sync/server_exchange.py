@@ -26,7 +26,7 @@ from worker.data.sharding import samples_of
 from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
-from worker.errors import TrainingFault, UsageFault
+from worker.errors import ReplicaFault, TrainingFault, UsageFault
 from worker.initial_weights import InitialWeights
 from worker.server.modes import mode_of
 from worker.server.process import Part
@@ -51,6 +51,7 @@ class ServerExchange:
     """The exchange of one rank with the servers; arrays as in Exchange."""
 
     finished: Finished | None = None
+    first_loss: float | None = None
 
     def __init__(
         self,
@@ -66,7 +67,7 @@ class ServerExchange:
 
         `at_once`: nodes go on at their own pace and meet at the end of each epoch.
         """
-        self._at_once = at_once
+        self._at_once, self.in_step = at_once, not at_once
         self.note = note
         self.shard_buffers = shard_buffers
         self.node = node
@@ -200,14 +201,18 @@ class ServerExchange:
         self.statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
 
     def _agree(self, fault: TrainingFault | None) -> None:
-        """Fence, behind which a fault of any rank of the node is raised on each of them."""
+        """Fence, behind which a fault of any rank of the node is raised on each of them.
+
+        Where nodes go on at their own pace it is their own, and the others do not know of it.
+        """
         if fault is not None:
             text = np.frombuffer(str(fault).encode()[:FAULT_BYTES], np.uint8)
             self._faults[self.node.rank][: len(text)] = text
         self._fence()
         for told in self._faults:
             if told[0]:
-                raise TrainingFault(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
+                kind = ReplicaFault if self._at_once else TrainingFault
+                raise kind(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
 
     def _fence(self) -> None:
         began = perf_counter()

@@ -23,7 +23,7 @@ def test_an_activity_that_takes_too_long_is_named() -> None:
 
 
 def test_a_rank_alone_accuses_no_other() -> None:
-    sentences: "queue.Queue[str]" = queue.Queue()
+    sentences: queue.Queue[str] = queue.Queue()
     watchdog = Watchdog(0.1, sentences.put, is_alone=True)
     said = sentences.get(timeout=10)
     watchdog.stop()
