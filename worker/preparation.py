@@ -14,7 +14,7 @@ from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sharding import steps_per_epoch
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
-from worker.data.stored_array import Progress, unwatched
+from worker.data.stored_array import Progress, row_blocks, unwatched
 from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
@@ -64,9 +64,9 @@ def prepare(job: job_pb2.JobSpec, progress: Progress = unwatched) -> Prepared:
             "metrics: are computed over validation samples, and there are none: "
             "give data.validation or data.validation_fraction"
         )
-    for dataset in (train, validation):
-        if dataset is not None:
-            model.check_targets(dataset.targets_to_check, dataset.place)
+    check_targets(model, train, progress)
+    if validation is not None and validation.targets is not train.targets:
+        check_targets(model, validation, progress)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
     preprocessing = make_preprocessing(job.data, train, progress)
@@ -76,6 +76,12 @@ def prepare(job: job_pb2.JobSpec, progress: Progress = unwatched) -> Prepared:
             if dataset is not None:
                 check_tokens(dataset, preprocessing, first_layer, progress)
     return Prepared(train, validation, preprocessing, model, augmentation)
+
+
+def check_targets(model: Model, dataset: Dataset, progress: Progress = unwatched) -> None:
+    """DataFault naming the first target that cannot belong to the model's outputs; reads a few megabytes at a time."""
+    for first, block in row_blocks(dataset.targets, progress):
+        model.check_targets(block, dataset.place, first)
 
 
 def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> None:

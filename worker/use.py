@@ -27,6 +27,7 @@ from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
 from worker.output_folder import check_outside_run
 from worker.predictions import choose_writer
+from worker.preparation import check_targets
 
 OUTPUT_REMEDY: Final = "name another file with -o"
 ARRAY_ENDINGS: Final = (".npy", ".npz", ".csv", ".parquet")  # hold tokens as an array, also for a model of text
@@ -54,7 +55,7 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
             _, dataset = hold_out(dataset, job.data.validation_fraction, job.training.seed)
             name = "validation"
     _check_shape(trained, dataset.sample_shape, dataset.place)
-    trained.model.check_targets(dataset.targets_to_check, dataset.place)
+    check_targets(trained.model, dataset)
 
     reader = BatchReader(dataset, trained.preprocessing, samples_at_once(trained.model, len(dataset)))
     trained.model.reserve(reader.capacity)

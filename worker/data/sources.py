@@ -21,7 +21,7 @@ from worker.data.stored_array import Progress, StoredArray, check_finite, check_
 from worker.data.stores import localized, with_urls
 from worker.data.table import read_csv, read_csv_features
 from worker.data.targets import as_targets
-from worker.data.text import LARGEST_BYTE, read_text
+from worker.data.text import read_text
 from worker.errors import DataFault
 
 
@@ -45,16 +45,6 @@ class Dataset:
     def is_mapped(self) -> bool:
         """Features or targets are read from a memory-mapped file."""
         return is_mapped(self.features) or is_mapped(self.targets)
-
-    @property
-    def targets_to_check(self) -> NDArray[Any]:
-        """What stands for all targets where it is asked whether a model can learn them.
-
-        Text may be larger than memory and any byte may come: one sample of the largest byte stands for it.
-        """
-        if self.targets.dtype == np.uint8:
-            return np.full((1, *self.targets.shape[1:]), LARGEST_BYTE, np.int64)
-        return self.targets
 
 
 def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
