@@ -130,8 +130,7 @@ class Model:
     def initialize(self, seed: int) -> None:
         """Write the initial parameters in place, each from (seed, name) alone."""
         for parameter in self._chain.parameters:
-            name = parameter.name
-            fill(self._values[name], parameter, name, seed, parameter.following, parameter.slope)
+            fill(self._values[parameter.name], parameter, seed)
 
     def reserve(self, batch_size: int) -> None:
         """Make all buffers for up to `batch_size` samples; a larger batch later makes larger ones."""
