@@ -6,7 +6,7 @@ tokens outside the vocabulary.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos import job_pb2
 from worker.data.augmentation import Augmentation, make_augmentation
@@ -19,6 +19,7 @@ from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
+from worker.engine.sample_shape import implies_channel
 from worker.errors import DataFault, ModelFault, UsageFault
 from worker.metrics import MetricSums
 
@@ -46,10 +47,15 @@ def prepare(job: job_pb2.JobSpec, progress: Progress = unwatched) -> Prepared:
         DataFault, ModelFault: naming the file, the row or the layer.
     """
     target_kind = TARGET_KIND[str(job.loss.WhichOneof("kind"))]
-    train = open_source(job.data.train, target_kind, progress)
+    lone_channel = implies_channel(job.model)
+
+    def opened(source: job_pb2.Source) -> Dataset:
+        return replace(open_source(source, target_kind, progress), lone_channel=lone_channel)
+
+    train = opened(job.data.train)
     validation = None
     if job.data.HasField("validation"):
-        validation = open_source(job.data.validation, target_kind, progress)
+        validation = opened(job.data.validation)
         if validation.sample_shape != train.sample_shape:
             raise DataFault(
                 f"{validation.place}: samples of shape {validation.sample_shape}, "

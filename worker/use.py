@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -54,6 +55,7 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
         if job.data.validation_fraction > 0:
             _, dataset = hold_out(dataset, job.data.validation_fraction, job.training.seed)
             name = "validation"
+    dataset = replace(dataset, lone_channel=len(trained.model.sample_shape) != dataset.features.ndim - 1)
     _check_shape(trained, dataset.sample_shape, dataset.place)
     check_targets(trained.model, dataset)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, train, write_data, write_job
+from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, summary, train, write_data, write_job
 from worker.data.sharding import sample_order
 
 RANKS = (2, 3, 5)
@@ -201,3 +201,32 @@ def test_metrics_are_the_same_on_any_number_of_ranks_and_in_evaluate(run_ranks, 
         assert line["validation_metrics"] == expected
     said = run_ranks(1, ["-m", "worker", "evaluate", tmp_path / "3", job, "--format", "json"])
     assert json.loads(said.stdout)["metrics"] == expected
+
+
+def test_sequences_of_numbers_train_resume_evaluate_predict_and_export(run_ranks, tmp_path) -> None:
+    """Stored as (n, time, features): no channel is made up for them."""
+    random = np.random.default_rng(5)
+    steps = random.standard_normal((200, 10, 8)).astype(np.float32)
+    np.savez(tmp_path / "steps.npz", x=steps, y=(steps[:, :, 0].sum(axis=1) > 0).astype(np.int64))
+    job = write_job(
+        *(tmp_path, tmp_path / "steps.npz"),
+        training={"epochs": 4},
+        model=["positions", "layer_norm", {"attention": {"heads": 2}}, "relu", {"dense": {"units": 2}}],
+    )
+    output = tmp_path / "out"
+    whole = train(run_ranks, 1, job, tmp_path / "whole")
+    train(run_ranks, 2, job, output, "--set", "training.epochs=2")
+    assert_close(train(run_ranks, 2, job, output, "--resume"), whole)
+    evaluated = run_ranks(1, ["-m", "worker", "evaluate", output, job, "--format", "json"])
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(summary(output)["validation_loss"], rel=1e-5)
+    np.save(tmp_path / "x.npy", steps[:3])
+    said = run_ranks(1, ["-m", "worker", "predict", output, tmp_path / "x.npy", "--format", "jsonl"])
+    assert said.stdout.count("\n") == 3, said.stderr
+    flipped = {"train": {"npz": {"path": "steps.npz"}}, "augment": {"flip": "vertical"}}
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": flipped}))
+    assert train(run_ranks, 2, job, tmp_path / "flipped", "--set", "training.epochs=1").keys() == whole.keys()
+    onnx = pytest.importorskip("onnx")
+    exported = run_ranks(1, ["-m", "worker", "export", output, "--onnx", tmp_path / "model.onnx"])
+    assert exported.returncode == 0, exported.stderr
+    shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert [size.dim_value for size in shape.dim[1:]] == [10, 8]

@@ -2,7 +2,7 @@
 
 Rules: features stay in their stored type and are converted a batch at a time; targets come in the form the loss takes.
 Every value is checked here, once, before the first step. A lone channel is implied: images stored as (n, 28, 28) have
-samples of shape (28, 28, 1).
+samples of shape (28, 28, 1), unless the model's layers make sequences of them.
 """
 
 import os
@@ -33,13 +33,14 @@ class Dataset:
     targets: NDArray[Any]  # int64 (N,) or float32 (N, k); of text uint8 (N, context), which a reader hands out as int64
     rows: NDArray[np.int64] | None  # (n,) indices into both, or None for all
     place: str  # the files, for messages
+    lone_channel: bool = True  # samples stored with two axes are images of one channel, not (time, features)
 
     def __len__(self) -> int:
         return len(self.features) if self.rows is None else len(self.rows)
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
-        return sample_shape(self.features)
+        return sample_shape(self.features, self.lone_channel)
 
     @property
     def is_mapped(self) -> bool:
@@ -47,10 +48,13 @@ class Dataset:
         return is_mapped(self.features) or is_mapped(self.targets)
 
 
-def sample_shape(features: NDArray[Any]) -> tuple[int, ...]:
-    """(k,), or for images (height, width, channels), of stored features (n,), (n, k), (n, h, w) or (n, h, w, c)."""
+def sample_shape(features: NDArray[Any], lone_channel: bool = True) -> tuple[int, ...]:
+    """(k,), or for images (height, width, channels), of stored features (n,), (n, k), (n, h, w) or (n, h, w, c).
+
+    Without a `lone_channel` (n, h, w) are sequences (time, features) and stay as they are.
+    """
     inner = features.shape[1:]
-    if len(inner) == 2:
+    if len(inner) == 2 and lone_channel:
         return (*inner, 1)
     return inner or (1,)
 
