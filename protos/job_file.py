@@ -30,6 +30,7 @@ from protos.rules import (
     Violation,
     check,
     choice_of,
+    hint_of,
     nearest,
     not_one_of,
     option_words,
@@ -219,7 +220,7 @@ class _Reading:
             return {}
         if isinstance(tree, str) and words:
             if tree not in words:
-                self.fault(path, not_one_of(tree, words))
+                self.fault(path, not_one_of(tree, words, hint_of(descriptor, tree)))
                 return {}
             tree = {tree: None}
         if not isinstance(tree, dict):
@@ -240,8 +241,8 @@ class _Reading:
             near = nearest(name, descriptor.fields_by_name)
             if near:
                 self.explained.add(f"{path}.{near}" if path else near)
-            hint = f"; did you mean {near}?" if near else ""
-            return self.fault(place, f"is unknown; known here: {_names(descriptor)}{hint}")
+            hint = hint_of(descriptor, name) or (f"did you mean {near}?" if near else "")
+            return self.fault(place, f"is unknown; known here: {_names(descriptor)}" + (f"; {hint}" if hint else ""))
         if field.is_repeated:
             return self.elements(field, tree, place)
         if tree is None and name in option_words(descriptor):

@@ -97,11 +97,18 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(allowed), n=1)), None)
 
 
-def not_one_of(word: str, allowed: Iterable[str]) -> str:
-    """What to say of a word that is none of those allowed."""
+def not_one_of(word: str, allowed: Iterable[str], hint: str = "") -> str:
+    """What to say of a word that is none of those allowed; the nearest of them where there is no better hint."""
     allowed = list(allowed)
     near = nearest(word, allowed)
-    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; did you mean {near}?" if near else "")
+    hint = hint or (f"did you mean {near}?" if near else "")
+    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; {hint}" if hint else "")
+
+
+def hint_of(descriptor: Descriptor, word: str) -> str:
+    """What the schema has to say of a word that the message does not know; nothing of most."""
+    extension: Any = options_pb2.hint
+    return next((hint.said for hint in descriptor.GetOptions().Extensions[extension] if hint.word == word), "")
 
 
 def quoted(text: str) -> str:
