@@ -44,6 +44,8 @@ from worker.train import Observers, Result, train
 from worker.update import AVERAGE
 from worker.watchdog import Watchdog
 
+ENORMOUS = float(np.sqrt(np.finfo(np.float32).max))  # of a weight
+
 
 def run_job(
     world: World,
@@ -231,11 +233,15 @@ def _write_checkpoint(
     best: BestWeights | None,
 ) -> str | None:
     model = prepared.model
+    when = f"step {position.step} (epoch {position.epoch})"
     # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32 values).
     for what, values in (("weight", exchange.parameters), ("running statistic", model.state)):
         if not np.isfinite(values.sum(dtype=np.float64)):
-            when = f"step {position.step} (epoch {position.epoch})"
             return f"{when}: a {what} is no longer finite; lower the learning rate"
+    # A layer multiplies weights with what other weights have made: of this size the next product is infinite.
+    largest = max(exchange.parameters.max(), -exchange.parameters.min())  # makes no copy
+    if largest > ENORMOUS:
+        return f"{when}: a weight has become {largest:.3g}, whose square float32 cannot hold; lower the learning rate"
     checkpoints = folder / output_folder.CHECKPOINTS
     path = checkpoint_path(checkpoints, position.step)
     held = bool(model.state_count)

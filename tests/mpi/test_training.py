@@ -176,6 +176,16 @@ def test_a_rank_whose_gradient_a_server_refuses_says_so_itself(run_ranks, tmp_pa
     assert "no progress" not in done.stderr
 
 
+def test_weights_that_are_finite_and_enormous_end_the_run_where_no_later_loss_shows_them(run_ranks, data, tmp_path):
+    job = write_job(tmp_path, data, training={"epochs": 1, "batch_size": 0})
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": {"train": {"npz": {"path": str(data)}}}}))
+    wild = ("--set", "optimizer.adam.learning_rate=1e30")
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", *wild])
+    assert done.returncode == 1
+    assert re.search(r"step 1 \(epoch 1\): a weight has become 1e\+30, whose square float32 cannot hold", done.stderr)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_folder(run_ranks, data, tmp_path) -> None:
     job = write_job(tmp_path, data, "sgd", training={"epochs": 1})
     wild = [job, "-o", tmp_path / "out", "--set", "optimizer.sgd.learning_rate=1e38"]
