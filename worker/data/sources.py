@@ -96,17 +96,17 @@ def _open_local(source: job_pb2.Source, target_kind: str, progress: Progress) ->
         ) from error
 
 
-def open_features(path: str) -> NDArray[Any]:
+def open_features(path: str, target: str = "") -> NDArray[Any]:
     """Features alone, as `predict` takes them.
 
-    .npy, .npz (array `x`), .csv and .parquet (every column), or idx, plain or .gz.
+    .npy, .npz (array `x`), .csv and .parquet (every column, but for one of the name `target`), or idx, plain or .gz.
     """
     suffix = path[path.rfind(".") :].lower()
     readers: dict[str, Callable[[str], StoredArray]] = {
         ".npy": read_npy,
         ".npz": lambda path: read_npz(path, "x")[0],
-        ".csv": read_csv_features,
-        ".parquet": read_parquet_features,
+        ".csv": lambda path: read_csv_features(path, target),
+        ".parquet": lambda path: read_parquet_features(path, target),
     }
     array = readers.get(suffix, read_idx)(path)
     _check_features(array)
