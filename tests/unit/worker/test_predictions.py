@@ -116,13 +116,13 @@ def test_predictions_replace_neither_the_run_nor_the_input_nor_what_is_no_file(f
     (folder / "checkpoints").mkdir()
     os.mkfifo(folder / "pipe")
 
-    def written() -> dict[Path, tuple[int, int, int]]:  # when a file was last read may change
+    def left() -> dict[Path, tuple[int, int, int]]:  # when a file was last read may change
         return {path: (at.st_ino, at.st_size, at.st_mtime_ns) for path in folder.iterdir() if (at := path.stat())}
 
-    before = written()
+    before = left()
     with pytest.raises(OutputFault, match="name another file with -o"):
         predict_file(folder, folder / "a.txt", folder / name, "csv")
-    assert written() == before
+    assert left() == before
 
 
 def test_a_token_that_the_model_does_not_know_is_named_with_its_file_and_sample(folder):
