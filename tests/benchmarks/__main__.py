@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Paceline beside its peers.")
     parser.add_argument(
-        "--quick", action="store_true", help="one short round, about two minutes, to see that everything runs"
+        "--quick", action="store_true", help="one round as short as can be, some minutes, to see that everything runs"
     )
     names = [*(case.name for case in CASES), *PARTS]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME",
