@@ -8,7 +8,7 @@ A server whose connection is lost is given `return_seconds` to come back, from i
 again, tells it the steps done, repeats the step's pushes and counts the steps that were lost.
 
 Rules: arrays are filled in place. The gradient is not touched until `step` returns. Every wait has a deadline; what it
-raises names the server, the step, what was waited for and how long.
+raises names the server, the step, what was waited for and how long. `close` leaves no thread behind.
 """
 
 import queue
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+import grpc.experimental
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -35,6 +37,7 @@ GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
 WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
 DATA = pb.PullResponse.DATA_FIELD_NUMBER
 MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
+NO_THREAD_FOR_PULL = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
 FIRST_RETRY_SECONDS = 0.05
@@ -63,11 +66,11 @@ class _Server:
         self.metadata = (("authorization", f"Bearer {token}"),)
         self.range = range(0)
         self.chunks: dict[int, int] = {}  # start -> stop
-        self.stream: Any = None  # the call object of the Exchange stream
+        self.stream: Any = None  # an ExchangeStream, once it is open
         self._connect()
 
     def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
+        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT, NO_THREAD_FOR_PULL))
         self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:
@@ -78,6 +81,9 @@ class _Server:
     def close(self) -> None:
         """End the stream and the channel."""
         self.outgoing.put(None)
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
         self.channel.close()
 
     def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
@@ -130,6 +136,7 @@ class ParameterServerExchange:
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._closed = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.
@@ -137,7 +144,7 @@ class ParameterServerExchange:
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
         keep_freed_memory()
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
+        self._watching.start()
         steps = set()
         for server in self._own:
             try:
@@ -174,9 +181,8 @@ class ParameterServerExchange:
         return response
 
     def _open_stream(self, server: _Server) -> None:
-        # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
-        exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-        server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
+        requests = self._requests(server, server.outgoing)
+        server.stream = ExchangeStream(server.channel, f"/{SERVICE}/Exchange", requests, server.metadata)
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Push the gradient (sums over this worker's samples), return with the weights after `step` (from 1).
@@ -264,6 +270,8 @@ class ParameterServerExchange:
         self._closed.set()
         for server in self._servers:
             server.close()
+        if self._watching.ident is not None:
+            self._watching.join(END_SECONDS)
 
     def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
@@ -356,9 +364,9 @@ class ParameterServerExchange:
         while not self._closed.wait(WATCH_SECONDS):
             if time.monotonic() > self._expires:
                 self._expired = True
-                for server in self._own:
-                    if server.stream is not None:
-                        server.stream.cancel()
+                for stream in [server.stream for server in self._own]:
+                    if stream is not None:
+                        stream.cancel()
                 return
 
 
