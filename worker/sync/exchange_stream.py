@@ -1,4 +1,4 @@
-"""A stream of messages to and from one server, with an end to the threads that gRPC runs it on.
+"""A stream of messages to and from one server, with an end to the threads that gRPC runs it on; what its errors say.
 
 gRPC reads the messages to send in one thread and is told in another what comes in. Both are daemons: Python stops them
 where they are when it exits, perhaps within a lock that some object's end then waits for, and the process hangs.
@@ -57,3 +57,20 @@ class ExchangeStream:
 
     def _note_thread(self) -> None:
         self._threads.put(threading.current_thread())
+
+
+def lost(error: Exception) -> bool:
+    """Whether the server's process may be gone, which is another thing than a request it refuses."""
+    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
+
+
+def words(error: Exception) -> str:
+    """What a failed call says, on one line."""
+    if not isinstance(error, grpc.Call):
+        return "it ended the stream"
+    code, details = error.code(), " ".join((error.details() or "").split())
+    if code is grpc.StatusCode.UNAVAILABLE:
+        return f"the connection is lost: {details}"
+    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return "no answer in time"
+    return details or str(code)

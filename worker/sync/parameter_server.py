@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
-from worker.sync.exchange_stream import END_SECONDS, ExchangeStream
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -135,6 +135,7 @@ class ParameterServerExchange:
         self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
+        self._awaited: _Server | None = None
         self._closed = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
@@ -150,7 +151,7 @@ class ParameterServerExchange:
             try:
                 steps.add(self._join(server, JOIN_TIMEOUT_SECONDS).step)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, join: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, join: {words(error)}") from error
         if len(self._own) == len(self._servers):
             check_ranges([(server.range, server.address) for server in self._own], len(self._parameters))
         if len(steps) > 1:
@@ -169,6 +170,14 @@ class ParameterServerExchange:
     def held(self) -> list[tuple[range, str]]:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
         return [(server.range, server.address) for server in self._own]
+
+    def awaits(self) -> str:
+        """Which server an answer is waited for from, now; "" for none. From any thread."""
+        server = self._awaited
+        return self._name(server) if server else ""
+
+    def _name(self, server: _Server) -> str:
+        return f"parameter server {server.address} ({self._servers.index(server) + 1} of {len(self._servers)})"
 
     def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
@@ -199,7 +208,9 @@ class ParameterServerExchange:
             for push in pushes:
                 server.outgoing.put(push)
         for server, pushes in zip(self._own, queues, strict=True):
+            self._awaited = server
             self._receive(server, step, began, pushes)
+        self._awaited = None
         self._step = step
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
@@ -212,10 +223,12 @@ class ParameterServerExchange:
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
+            self._awaited = server
             try:
                 steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, pull: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
+        self._awaited = None
         # Behind the others is only one that came back and has not met its workers again; it does at the next step.
         if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
@@ -241,13 +254,12 @@ class ParameterServerExchange:
             try:
                 return act()
             except grpc.RpcError as error:
-                if not self._return_seconds or not _lost(error):
+                if not self._return_seconds or not lost(error):
                     raise
                 if time.monotonic() + pause > deadline:
-                    index = self._servers.index(server) + 1
                     raise TrainingFault(
-                        f"parameter server {server.address} ({index} of {len(self._servers)}), {when}: it is gone and "
-                        f"did not come back within {self._return_seconds:g} s; its own message is above"
+                        f"{self._name(server)}, {when}: it is gone and did not come back within "
+                        f"{self._return_seconds:g} s; its own message is above"
                     ) from error
             if self._closed.wait(pause):
                 raise TrainingFault(f"parameter server {server.address}, {when}: closed meanwhile")
@@ -262,7 +274,7 @@ class ParameterServerExchange:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
         self.close()
 
     def close(self) -> None:
@@ -294,7 +306,7 @@ class ParameterServerExchange:
             try:
                 data: bytes = next(server.stream)
             except (grpc.RpcError, StopIteration) as error:
-                if not self._return_seconds or self._expired or not _lost(error):
+                if not self._return_seconds or self._expired or not lost(error):
                     raise self._fault(server, f"step {step}", what, began, error) from error
                 self._return_to(server, step, pushes)
                 missing = dict(server.chunks)
@@ -331,12 +343,12 @@ class ParameterServerExchange:
         except (grpc.RpcError, StopIteration) as error:
             raise self._fault(server, f"step {step}", "its return", began, error) from error
         self._expires = time.monotonic() + self._timeout_seconds
-        lost = max(0, response.step - response.restored_step)
+        lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
-        self.steps_lost += lost
+        self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "
-            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost} steps are lost",
+            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost_steps} steps are lost",
             file=sys.stderr,
             flush=True,
         )
@@ -353,7 +365,7 @@ class ParameterServerExchange:
 
     def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
         seconds = time.perf_counter() - began
-        why = "no answer in time" if self._expired else _words(error)
+        why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
             f"parameter server {server.address}, {when}: {why} "
             f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
@@ -381,20 +393,3 @@ def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
         reached = elements.stop
     if reached != count:
         raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")
-
-
-def _lost(error: Exception) -> bool:
-    """Whether the server's process may be gone, which is another thing than a request it refuses."""
-    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def _words(error: Exception) -> str:
-    """What a failed call says, on one line."""
-    if not isinstance(error, grpc.Call):
-        return "it ended the stream"
-    code, details = error.code(), " ".join((error.details() or "").split())
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the connection is lost: {details}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    return details or str(code)
