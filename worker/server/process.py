@@ -187,12 +187,15 @@ def start_server_process(
     if part.of is not None:
         arguments += ["--part", str(part.first), str(part.of)]
     arguments += ["--snapshots"] * snapshots + ["--restored"] * restored
-    process = subprocess.Popen(
-        [*program, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=_child_environment(os.environ, token),
-    )
+    try:
+        process = subprocess.Popen(
+            [*program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_child_environment(os.environ, token),
+        )
+    except OSError as error:
+        raise TrainingFault(f"parameter server: {program[0]} cannot be started: {error.strerror}") from error
     line = _first_line(process, time.monotonic() + timeout_seconds)
     if not line.startswith(_READY):
         code = process.poll()

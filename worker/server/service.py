@@ -179,7 +179,7 @@ class ParameterServer:
 
     def _tie(self, head: pb.ExchangeRequest, answers: "asyncio.Queue[bytes | End]") -> int:
         """Make this the stream of the worker that its first message names."""
-        self._shard.check_member(head.worker, head.generation)
+        self._shard.check_joined(head.worker, head.generation)
         if head.worker in self._streams:
             raise Conflict(f"worker {head.worker} has a stream already: two processes have the same number")
         if self._shard.fault is not None:

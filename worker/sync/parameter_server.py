@@ -8,7 +8,7 @@ A server whose connection is lost is given `return_seconds` to come back, from i
 again, tells it the steps done, repeats the step's pushes and counts the steps that were lost.
 
 Rules: arrays are filled in place. The gradient is not touched until `step` returns. Every wait has a deadline; what it
-raises names the server, the step, what was waited for and how long.
+raises names the server, the step, what was waited for and how long. `close` leaves no thread behind.
 """
 
 import queue
@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+import grpc.experimental
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -27,6 +28,7 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -35,6 +37,7 @@ GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
 WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
 DATA = pb.PullResponse.DATA_FIELD_NUMBER
 MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
+NO_THREAD_FOR_PULL = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
 FIRST_RETRY_SECONDS = 0.05
@@ -63,11 +66,11 @@ class _Server:
         self.metadata = (("authorization", f"Bearer {token}"),)
         self.range = range(0)
         self.chunks: dict[int, int] = {}  # start -> stop
-        self.stream: Any = None  # the call object of the Exchange stream
+        self.stream: Any = None  # an ExchangeStream, once it is open
         self._connect()
 
     def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
+        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT, NO_THREAD_FOR_PULL))
         self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:
@@ -78,6 +81,9 @@ class _Server:
     def close(self) -> None:
         """End the stream and the channel."""
         self.outgoing.put(None)
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
         self.channel.close()
 
     def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
@@ -129,7 +135,9 @@ class ParameterServerExchange:
         self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
+        self._awaited: _Server | None = None
         self._closed = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.
@@ -137,13 +145,13 @@ class ParameterServerExchange:
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
         keep_freed_memory()
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
+        self._watching.start()
         steps = set()
         for server in self._own:
             try:
                 steps.add(self._join(server, JOIN_TIMEOUT_SECONDS).step)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, join: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, join: {words(error)}") from error
         if len(self._own) == len(self._servers):
             check_ranges([(server.range, server.address) for server in self._own], len(self._parameters))
         if len(steps) > 1:
@@ -163,6 +171,14 @@ class ParameterServerExchange:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
         return [(server.range, server.address) for server in self._own]
 
+    def awaits(self) -> str:
+        """Which server an answer is waited for from, now; "" for none. From any thread."""
+        server = self._awaited
+        return self._name(server) if server else ""
+
+    def _name(self, server: _Server) -> str:
+        return f"parameter server {server.address} ({self._servers.index(server) + 1} of {len(self._servers)})"
+
     def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
@@ -174,9 +190,8 @@ class ParameterServerExchange:
         return response
 
     def _open_stream(self, server: _Server) -> None:
-        # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
-        exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-        server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
+        requests = self._requests(server, server.outgoing)
+        server.stream = ExchangeStream(server.channel, f"/{SERVICE}/Exchange", requests, server.metadata)
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Push the gradient (sums over this worker's samples), return with the weights after `step` (from 1).
@@ -193,7 +208,9 @@ class ParameterServerExchange:
             for push in pushes:
                 server.outgoing.put(push)
         for server, pushes in zip(self._own, queues, strict=True):
+            self._awaited = server
             self._receive(server, step, began, pushes)
+        self._awaited = None
         self._step = step
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
@@ -206,10 +223,12 @@ class ParameterServerExchange:
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
+            self._awaited = server
             try:
                 steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, pull: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
+        self._awaited = None
         # Behind the others is only one that came back and has not met its workers again; it does at the next step.
         if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
@@ -235,13 +254,12 @@ class ParameterServerExchange:
             try:
                 return act()
             except grpc.RpcError as error:
-                if not self._return_seconds or not _lost(error):
+                if not self._return_seconds or not lost(error):
                     raise
                 if time.monotonic() + pause > deadline:
-                    index = self._servers.index(server) + 1
                     raise TrainingFault(
-                        f"parameter server {server.address} ({index} of {len(self._servers)}), {when}: it is gone and "
-                        f"did not come back within {self._return_seconds:g} s; its own message is above"
+                        f"{self._name(server)}, {when}: it is gone and did not come back within "
+                        f"{self._return_seconds:g} s; its own message is above"
                     ) from error
             if self._closed.wait(pause):
                 raise TrainingFault(f"parameter server {server.address}, {when}: closed meanwhile")
@@ -256,7 +274,7 @@ class ParameterServerExchange:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
         self.close()
 
     def close(self) -> None:
@@ -264,6 +282,8 @@ class ParameterServerExchange:
         self._closed.set()
         for server in self._servers:
             server.close()
+        if self._watching.ident is not None:
+            self._watching.join(END_SECONDS)
 
     def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
@@ -286,7 +306,7 @@ class ParameterServerExchange:
             try:
                 data: bytes = next(server.stream)
             except (grpc.RpcError, StopIteration) as error:
-                if not self._return_seconds or self._expired or not _lost(error):
+                if not self._return_seconds or self._expired or not lost(error):
                     raise self._fault(server, f"step {step}", what, began, error) from error
                 self._return_to(server, step, pushes)
                 missing = dict(server.chunks)
@@ -323,12 +343,12 @@ class ParameterServerExchange:
         except (grpc.RpcError, StopIteration) as error:
             raise self._fault(server, f"step {step}", "its return", began, error) from error
         self._expires = time.monotonic() + self._timeout_seconds
-        lost = max(0, response.step - response.restored_step)
+        lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
-        self.steps_lost += lost
+        self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "
-            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost} steps are lost",
+            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost_steps} steps are lost",
             file=sys.stderr,
             flush=True,
         )
@@ -345,7 +365,7 @@ class ParameterServerExchange:
 
     def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
         seconds = time.perf_counter() - began
-        why = "no answer in time" if self._expired else _words(error)
+        why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
             f"parameter server {server.address}, {when}: {why} "
             f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
@@ -356,9 +376,9 @@ class ParameterServerExchange:
         while not self._closed.wait(WATCH_SECONDS):
             if time.monotonic() > self._expires:
                 self._expired = True
-                for server in self._own:
-                    if server.stream is not None:
-                        server.stream.cancel()
+                for stream in [server.stream for server in self._own]:
+                    if stream is not None:
+                        stream.cancel()
                 return
 
 
@@ -373,20 +393,3 @@ def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
         reached = elements.stop
     if reached != count:
         raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")
-
-
-def _lost(error: Exception) -> bool:
-    """Whether the server's process may be gone, which is another thing than a request it refuses."""
-    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def _words(error: Exception) -> str:
-    """What a failed call says, on one line."""
-    if not isinstance(error, grpc.Call):
-        return "it ended the stream"
-    code, details = error.code(), " ".join((error.details() or "").split())
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the connection is lost: {details}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    return details or str(code)

@@ -26,7 +26,7 @@ from worker.data.sharding import samples_of
 from worker.engine.layers.layer import Finished
 from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
-from worker.errors import TrainingFault, UsageFault
+from worker.errors import ReplicaFault, TrainingFault, UsageFault
 from worker.initial_weights import InitialWeights
 from worker.server.modes import mode_of
 from worker.server.process import Part
@@ -86,6 +86,7 @@ class ServerExchange:
     def use(self, worker: ParameterServerExchange, servers: list[SupervisedServer], shard_count: int) -> None:
         """Take this rank's connections, and the servers it has started. Collective."""
         self._worker = worker
+        self._world.awaits = worker.awaits
         self._servers = servers
         self._shard_count = shard_count
 
@@ -144,9 +145,15 @@ class ServerExchange:
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the servers."""
-        if self._world.rank != 0:
-            return {}
-        arrays = self._worker.pull(state=True)
+        arrays, fault = {}, None
+        if self._world.rank == 0:
+            try:
+                arrays = self._worker.pull(state=True)
+            except TrainingFault as found:
+                fault = found
+        told = self._world.broadcast(str(fault) if fault else None)
+        if told:
+            raise TrainingFault(told) from fault
         return {
             name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
         }
@@ -207,7 +214,10 @@ class ServerExchange:
         self._fence()
         for told in self._faults:
             if told[0]:
-                raise TrainingFault(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
+                kind = (
+                    ReplicaFault if self._at_once else TrainingFault
+                )  # nodes at their own pace do not see it together
+                raise kind(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
 
     def _fence(self) -> None:
         began = perf_counter()
