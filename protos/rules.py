@@ -296,6 +296,10 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             chosen_option(spec.sync.parameter_server.mode) not in (None, "synchronous"),
             "applies gradients in the order in which they come",
         ),
+        "sync.parameter_server.wire_format": (
+            chosen_option(spec.sync.parameter_server.wire_format) not in (None, "float32"),
+            "rounds what each worker sends",
+        ),
     }
     for place, (given, why) in in_the_way.items():
         if given:
@@ -319,6 +323,15 @@ def _whole_vector_in_one_step(spec: JobSpec) -> Violation | None:
         return None
     told = f"{mode} is given beside {needs}, which needs all workers' gradients at once"
     return Violation("sync.parameter_server.mode", f"{told}; take synchronous or remove the other")
+
+
+def _no_factors_for_servers(spec: JobSpec) -> Violation | None:
+    if chosen_option(spec.sync.parameter_server.wire_format) != "power_sgd":
+        return None
+    return Violation(
+        "sync.parameter_server.wire_format",
+        "power_sgd is for all_reduce, since its factors are sums over all nodes; take int8 or another one here",
+    )
 
 
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
@@ -346,6 +359,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _reproducible_alone,
     _shards_of_reproducible,
     _whole_vector_in_one_step,
+    _no_factors_for_servers,
     _local_beside_synchronized,
     _metrics_for_the_loss,
 )

@@ -30,7 +30,12 @@ FORMATS: dict[str, Format] = {
 }
 
 
+def kind_of(wire_format: job_pb2.WireFormat) -> str:
+    """The format's word; float32 where none is named."""
+    return str(wire_format.WhichOneof("kind") or "float32")
+
+
 def make_codec(wire_format: job_pb2.WireFormat) -> Codec:
     """A codec of the format a resolved job names, with scratch memory of its own."""
-    kind = str(wire_format.WhichOneof("kind"))
+    kind = kind_of(wire_format)
     return FORMATS[kind].make(getattr(wire_format, kind))

@@ -1,0 +1,178 @@
+"""A lossy wire format on the shard's side: pushes are decoded, answers say how far the weights have moved.
+
+The shard keeps what it has published: the sum of all it sent, which is what the workers hold, to the bit. An answer is
+the encoded difference of the weights to that, and what is published then moves by what the encoding says. So what is
+lost stays in the next difference and needs no residual (DoubleSqueeze, Tang et al. 2019; "EF21-P", Gruntkowska et al.
+2023). The optimizer runs on the weights themselves; gradients are computed on what is published.
+
+| mode                            | published                              | an answer is serialized |
+|---------------------------------|----------------------------------------|-------------------------|
+| synchronous                     | one vector, which all workers hold     | once for all workers    |
+| bounded_staleness, asynchronous | one for each worker, from its first on | for the worker alone    |
+
+Rules: no I/O. A push is decoded only where its length is that of its chunk, and what does not decode is refused and
+changes nothing. Where it is not known what a worker holds (the shard is back from a snapshot, the worker is new), the
+answer is whole weights. Whoever pulls in order to go on from it (`publish`) has whole weights too: at the end of an
+epoch every worker does, so evaluation, checkpoints and the model file see the weights themselves, nothing is
+published beside them, and a checkpoint is whole without the published vector.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from time import perf_counter
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from protos import job_pb2
+from protos import parameter_server_pb2 as pb
+from worker.compression import kind_of, make_codec
+from worker.compression.codec import Bytes, decode, encode, encoded_bytes
+from worker.server.pushes import Answer, Conflict, Refused
+from worker.wire import Float32, chunk_bounds
+
+if TYPE_CHECKING:
+    from worker.server.shard import Shard
+
+EVERYONE = -1  # in the place of a worker's number, where all hold the same
+
+
+class _Published:
+    """What one worker, or all of them, hold of the shard's elements."""
+
+    def __init__(self, weights: Float32, unknown: set[int]) -> None:
+        self.weights = weights
+        self.unknown = unknown  # offsets of chunks of which the shard does not know what is held
+
+
+class ShardWire:
+    """Between a shard and its stream handlers."""
+
+    def __init__(self, shard: Shard, wire_format: job_pb2.WireFormat) -> None:
+        """`shard` as it was loaded: before its first worker."""
+        setup = shard.setup
+        self._shard, self.wire_format = shard, wire_format
+        self._codec = make_codec(wire_format)
+        self._stops = dict(chunk_bounds(setup.start, setup.stop, setup.chunk_elements))
+        longest = max(stop - start for start, stop in self._stops.items())
+        self._difference, self._decoded = np.empty(longest, np.float32), np.empty(longest, np.float32)
+        self._encoded = np.empty(encoded_bytes(self._codec, longest), np.uint8)
+        self._seconds = 0.0  # of coding, since the last answer
+        self._first_step = shard.step
+        self._published: dict[int, _Published] = {}
+        if not setup.mode.at_once:
+            unknown = set(self._stops) if setup.restored else set()
+            self._published[EVERYONE] = _Published(shard.parameters.copy(), unknown)
+
+    def join(self, worker: int) -> None:
+        """A worker begins: what it holds is not known, unless it is what all begin with."""
+        if self._shard.setup.mode.at_once:
+            self._published.pop(worker, None)
+        elif self._shard.step != self._first_step:
+            self._published[EVERYONE].unknown.update(self._stops)
+
+    def forget(self, worker: int) -> None:
+        """A worker has left."""
+        self._published.pop(worker, None)
+
+    def gradient(self, head: pb.ExchangeRequest, payload: memoryview) -> Float32:
+        """The sum of a worker's gradient over its samples, as far as the push says; empty where no chunk begins.
+
+        Raises:
+            Refused: the payload is not a chunk in the job's wire format.
+        """
+        stop = self._stops.get(head.offset)
+        if stop is None:
+            return np.empty(0, np.float32)  # the shard has the words for it
+        elements = stop - head.offset
+        where = f"worker {head.worker}, step {head.step}, offset {head.offset}"
+        needed = encoded_bytes(self._codec, elements)
+        if len(payload) != needed:
+            kind = kind_of(self.wire_format)
+            raise Refused(f"{where}: {len(payload)} bytes, {elements} elements take {needed} as {kind}")
+        with self._coding(), np.errstate(over="ignore", invalid="ignore"):
+            out = np.empty(elements, np.float32)
+            try:
+                decode(self._codec, np.frombuffer(payload, np.uint8), out)
+            except ValueError as error:
+                raise Refused(f"{where}: {error}") from error
+            np.multiply(out, np.float32(head.samples), out=out)
+        return out
+
+    def answer(self, answer: Answer, reply: pb.ExchangeResponse) -> Float32 | Bytes:
+        """What goes out as the answer's weights, valid until the next call; `reply` is told how to take it."""
+        with self._coding():
+            payload = self._moved(answer)
+        reply.encoded = payload.dtype == np.uint8
+        reply.coding_seconds, self._seconds = self._seconds, 0.0
+        return payload
+
+    def _moved(self, answer: Answer) -> Float32 | Bytes:
+        published = self._of(answer.workers[0])
+        here = self._slice(answer.offset)
+        held = published.weights[here]
+        if answer.again and EVERYONE in self._published:
+            # The others have had it. After a return nobody may have: the weights that there are stand in for it.
+            if answer.offset in published.unknown:
+                held[:] = answer.weights
+            return held
+        if answer.offset in published.unknown:
+            held[:] = answer.weights
+            published.unknown.discard(answer.offset)
+            return held
+        elements = here.stop - here.start
+        difference, decoded = self._difference[:elements], self._decoded[:elements]
+        encoded = self._encoded[: encoded_bytes(self._codec, elements)]
+        with np.errstate(over="ignore", invalid="ignore"):
+            np.subtract(answer.weights, held, out=difference)
+            encode(self._codec, difference, encoded)
+            decode(self._codec, encoded, decoded)
+            np.add(held, decoded, out=held)
+        return encoded
+
+    def publish(self, worker: int, weights: Float32) -> None:
+        """A worker takes these weights whole, between two of its steps."""
+        published = self._of(worker)
+        published.weights[:] = weights
+        if not self._shard.awaits_workers:  # else some may hold weights of before the shard's death
+            published.unknown.clear()
+
+    def _of(self, worker: int) -> _Published:
+        if EVERYONE in self._published:
+            return self._published[EVERYONE]
+        fresh = worker not in self._published
+        if fresh:
+            self._published[worker] = _Published(np.empty_like(self._shard.parameters), set(self._stops))
+        return self._published[worker]
+
+    def _slice(self, offset: int) -> slice:
+        begin = self._shard.setup.start
+        return slice(offset - begin, self._stops[offset] - begin)
+
+    @contextmanager
+    def _coding(self) -> Iterator[None]:
+        began = perf_counter()
+        yield
+        self._seconds += perf_counter() - began
+
+
+def open_wire(shard: Shard, wire_format: job_pb2.WireFormat) -> ShardWire | None:
+    """For the format of a resolved job; None where it is float32."""
+    return None if kind_of(wire_format) == "float32" else ShardWire(shard, wire_format)
+
+
+def check_format(worker: int, given: job_pb2.WireFormat, wire: ShardWire | None) -> None:
+    """Raise Conflict unless a worker pushes what the shard takes."""
+    taken = wire.wire_format if wire else job_pb2.WireFormat()
+    if kind_of(given) == kind_of(taken) == "float32" or given == taken:
+        return
+    raise Conflict(
+        f"worker {worker} pushes {_words(given)} and the parameter server takes {_words(taken)}: "
+        "start every worker with the same job file"
+    )
+
+
+def _words(wire_format: job_pb2.WireFormat) -> str:
+    return " ".join(str(wire_format).split()).removesuffix(" { }") or "float32"
