@@ -28,7 +28,7 @@ import numpy as np
 
 from protos import job_pb2
 from protos import parameter_server_pb2 as pb
-from worker.compression import kind_of, make_codec
+from worker.compression import kind_of, make_answer_codec, make_codec
 from worker.compression.codec import Bytes, decode, encode, encoded_bytes
 from worker.server.pushes import Answer, Conflict, Refused
 from worker.wire import Float32, chunk_bounds
@@ -54,11 +54,11 @@ class ShardWire:
         """`shard` as it was loaded: before its first worker."""
         setup = shard.setup
         self._shard, self.wire_format = shard, wire_format
-        self._codec = make_codec(wire_format)
+        self._codec, self._answer_codec = make_codec(wire_format), make_answer_codec(wire_format)
         self._stops = dict(chunk_bounds(setup.start, setup.stop, setup.chunk_elements))
         longest = max(stop - start for start, stop in self._stops.items())
         self._difference, self._decoded = np.empty(longest, np.float32), np.empty(longest, np.float32)
-        self._encoded = np.empty(encoded_bytes(self._codec, longest), np.uint8)
+        self._encoded = np.empty(encoded_bytes(self._answer_codec, longest), np.uint8)
         self._seconds = 0.0  # of coding, since the last answer
         self._first_step = shard.step
         self._published: dict[int, _Published] = {}
@@ -124,11 +124,11 @@ class ShardWire:
             return held
         elements = here.stop - here.start
         difference, decoded = self._difference[:elements], self._decoded[:elements]
-        encoded = self._encoded[: encoded_bytes(self._codec, elements)]
+        encoded = self._encoded[: encoded_bytes(self._answer_codec, elements)]
         with np.errstate(over="ignore", invalid="ignore"):
             np.subtract(answer.weights, held, out=difference)
-            encode(self._codec, difference, encoded)
-            decode(self._codec, encoded, decoded)
+            encode(self._answer_codec, difference, encoded)
+            decode(self._answer_codec, encoded, decoded)
             np.add(held, decoded, out=held)
         return encoded
 

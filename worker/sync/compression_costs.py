@@ -6,7 +6,7 @@ fault of the network; so savings are rather understated. Coding time is this ran
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 TRIAL_BYTES = 256 << 10  # 20 ms at 100 Mbit/s
-MOST_TRIALS, BUDGET_SECONDS = 64, 0.05  # the best of many: on a busy machine most are disturbed
+FEWEST_TRIALS, MOST_TRIALS, BUDGET_SECONDS = 3, 64, 0.05  # the best of many: on a busy machine most are disturbed
 
 
 class Costs:
@@ -96,6 +96,21 @@ def _measured_bandwidth(peers: Any) -> float:
     first: float = max(peers.allgather(seconds()))  # the same on every peer, and so the number of trials
     trials = int(min(MOST_TRIALS, BUDGET_SECONDS / first))
     return TRIAL_BYTES / min([first, *(seconds() for _ in range(trials))])
+
+
+def best_bandwidth(send: Callable[[int], None]) -> float:
+    """Bytes/s of `send`, which returns when so many bytes have come to the other side: the best of some short trials."""
+
+    def seconds() -> float:
+        began = perf_counter()
+        send(TRIAL_BYTES)
+        return perf_counter() - began
+
+    send(1)  # wakes whoever takes part
+    taken = [seconds()]
+    while len(taken) < FEWEST_TRIALS or (len(taken) < MOST_TRIALS and sum(taken) < BUDGET_SECONDS):
+        taken.append(seconds())
+    return TRIAL_BYTES / min(taken)
 
 
 def uncompressed(wire_format: str) -> dict[str, Any]:

@@ -57,7 +57,7 @@ class _Server:
 
     def _connect(self) -> None:
         self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
-        self.outgoing: queue.SimpleQueue[ChunkPush | None] = queue.SimpleQueue()
+        self.outgoing: queue.SimpleQueue[ChunkPush | bytes | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:
         """A channel and a queue anew; nothing of the old stream is sent."""
@@ -145,6 +145,8 @@ class ParameterServerExchange:
             self._open_stream(server)
         for server in self._own:
             self._next(server, "join", "its stream", began)
+        if self._own:
+            self.wire.measure(lambda size: self._round_trip(self._own[0], size))
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
@@ -258,10 +260,20 @@ class ParameterServerExchange:
         for server in self._servers:
             server.close()
 
-    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[ChunkPush | None]") -> Iterator[bytes]:
+    def _round_trip(self, server: _Server, size: int) -> None:
+        """Send so many bytes that the server ignores, and wait for its answer."""
+        began = time.perf_counter()
+        request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
+        server.outgoing.put(request.SerializeToString())
+        self._next(server, "join", "its answer to a trial of the network", began)
+
+    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
         yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
         while (push := outgoing.get()) is not None:
+            if isinstance(push, bytes):
+                yield push
+                continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,

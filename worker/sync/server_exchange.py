@@ -98,6 +98,8 @@ class ServerExchange:
         self._servers = servers
         self._shard_count = shard_count
         self._pushed_elements = sum(len(elements) for elements, _ in worker.held)
+        if isinstance(worker.wire, LossyWire):
+            self._costs = Costs(worker.wire.bytes_per_second)
 
     @property
     def worker_arrays(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -13,6 +13,7 @@ each push by itself leaves such a push out.
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from protos import job_pb2
 from protos import parameter_server_pb2 as pb
-from worker.compression import make_codec
+from worker.compression import make_answer_codec, make_codec
 from worker.compression.codec import (
     BLOCK_ELEMENTS,
     Bytes,
@@ -29,7 +30,7 @@ from worker.compression.codec import (
     encode_with_feedback,
     encoded_bytes,
 )
-from worker.sync.compression_costs import Costs
+from worker.sync.compression_costs import Costs, best_bandwidth
 from worker.wire import Float32
 
 
@@ -56,6 +57,9 @@ class ServerWire(Protocol):
 
     wire_format: job_pb2.WireFormat | None  # what the servers are told; None: float32
 
+    def measure(self, send: Callable[[int], None]) -> None:
+        """Learn how fast the network is, where it matters; `send` returns when so many bytes have come to a server."""
+
     def outgoing(self, push: ChunkPush) -> Float32 | Bytes:
         """What is pushed; valid until the next step."""
 
@@ -72,6 +76,9 @@ class PlainWire:
         """`gradient`: (parameter_count,), or a reproducible job's (subtrees, parameter_count)."""
         self._gradient = gradient
         self._into = parameters.data.cast("B")
+
+    def measure(self, send: Callable[[int], None]) -> None:
+        """As in ServerWire: it does not matter."""
 
     def outgoing(self, push: ChunkPush) -> Float32:
         """As in ServerWire."""
@@ -90,11 +97,12 @@ class LossyWire:
 
     def __init__(self, lossy: Lossy, gradient: Float32, parameters: Float32) -> None:
         self.wire_format = lossy.wire_format
+        self.bytes_per_second = 0.0  # as measured at the start
         self.pushing, self.taking = Costs(), Costs()  # of gRPC's threads, and of the one that waits for answers
         self._gradient, self._parameters, self._residual = gradient, parameters, lossy.residual
         self._whole = PlainWire(gradient, parameters)
         self._lock = threading.Lock()  # each server has a thread that takes pushes
-        self._encoder, self._decoder = make_codec(lossy.wire_format), make_codec(lossy.wire_format)
+        self._encoder, self._decoder = make_codec(lossy.wire_format), make_answer_codec(lossy.wire_format)
         self._encoded: dict[int, tuple[int, Bytes]] = {}  # by the chunk's start: of which step, and what was sent
         self._scratch = np.empty(BLOCK_ELEMENTS, np.float32)
         self._added = np.empty(0, np.float32)
@@ -103,6 +111,10 @@ class LossyWire:
     def coding_seconds(self) -> float:
         """Of this worker and, for its sake, of the servers."""
         return self.pushing.coding_seconds + self.taking.coding_seconds
+
+    def measure(self, send: Callable[[int], None]) -> None:
+        """As in ServerWire."""
+        self.bytes_per_second = best_bandwidth(send)
 
     def outgoing(self, push: ChunkPush) -> Bytes:
         """As in ServerWire."""
