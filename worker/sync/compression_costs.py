@@ -99,7 +99,7 @@ def _measured_bandwidth(peers: Any) -> float:
 
 
 def best_bandwidth(send: Callable[[int], None]) -> float:
-    """Bytes/s of `send`, which returns when so many bytes have come to the other side: the best of some short trials."""
+    """Bytes/s of `send`, which returns when so many bytes have come to the other side: the best of some trials."""
 
     def seconds() -> float:
         began = perf_counter()

@@ -144,6 +144,10 @@ def test_a_truncated_or_hostile_block_is_refused() -> None:
         assert kind
     with pytest.raises(ValueError, match="index 65535 lies outside a block of 1000"):
         decode(CODECS["top_k"], np.full(600, 255, np.uint8), np.zeros(1000, np.float32))
+    repeated = np.zeros(600, np.uint8)
+    repeated[400:].view(np.uint16)[:] = [*range(50), *range(49, 99)]
+    with pytest.raises(ValueError, match="index 49 follows 49: they must rise"):
+        decode(CODECS["top_k"], repeated, np.zeros(1000, np.float32))
 
 
 @settings(max_examples=15, deadline=None)
