@@ -142,8 +142,7 @@ class ShardWire:
     def _of(self, worker: int) -> _Published:
         if EVERYONE in self._published:
             return self._published[EVERYONE]
-        fresh = worker not in self._published
-        if fresh:
+        if worker not in self._published:
             self._published[worker] = _Published(np.empty_like(self._shard.parameters), set(self._stops))
         return self._published[worker]
 

@@ -37,7 +37,7 @@ from worker.server.supervision import SupervisedServer
 from worker.sync import residuals
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
 from worker.sync.between_nodes import sum_in_order
-from worker.sync.compression_costs import Costs
+from worker.sync.compression_costs import Costs, uncompressed
 from worker.sync.exchange import TOTALS, share_state
 from worker.sync.host_address import address_for_peers
 from worker.sync.node import Node
@@ -91,6 +91,7 @@ class ServerExchange:
         self._servers: list[SupervisedServer] = []
         self.lossy = None if wire_format is None else Lossy(wire_format, node.shared(count, np.float32))
         self._costs = Costs()
+        self._told = uncompressed(kind_of(wire_format)) if wire_format else {}
 
     def use(self, worker: ParameterServerExchange, servers: list[SupervisedServer], shard_count: int) -> None:
         """Take this rank's connections, and the servers it has started. Collective."""
@@ -116,13 +117,16 @@ class ServerExchange:
         self._sum_up()
         self._fence()
         fault: TrainingFault | None = None
-        worker, before = self._worker, perf_counter()
+        worker = self._worker
         moved = worker.sent_bytes + worker.received_bytes
         try:
             worker.step(step, samples, learning_rate)
         except TrainingFault as found:
             fault = found
-        self._count(worker.sent_bytes + worker.received_bytes - moved, perf_counter() - before)
+        if isinstance(worker.wire, LossyWire):
+            self._costs.coding_seconds = worker.wire.coding_seconds
+            # Gradients out and weights in. How long it took says little of the network: it is mostly others' work.
+            self._costs.sent(worker.sent_bytes + worker.received_bytes - moved, 0.0, 8 * self._pushed_elements)
         self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
         self._agree(fault)
         self.totals[:] = self._node_totals
@@ -136,7 +140,8 @@ class ServerExchange:
     def facts(self) -> dict[str, Any]:
         """As in Exchange: how many servers there were, what their deaths cost and what rank 0's node pushed.
 
-        Of a lossy wire format, what this rank and its servers sent each other: pushes, answers and whole weights.
+        Of a lossy wire format, what the rank with the slowest way to its servers and they sent each other, up to the
+        last epoch's end: pushes, answers and whole weights.
         """
         restarts, lost, pushed = np.sum(self._counts, axis=0).tolist()
         facts: dict[str, Any] = {
@@ -146,9 +151,7 @@ class ServerExchange:
             stale = self._worker.staleness
             mean = stale.total_steps / stale.pushes if stale.pushes else 0.0
             facts |= {"mean_staleness_steps": round(mean, 3), "most_staleness_steps": round(stale.most_steps, 3)}
-        if self.lossy:
-            facts |= self._costs.facts(kind_of(self.lossy.wire_format))
-        return facts
+        return facts | self._told
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
         """As in Exchange: all ranks met in the step; where nodes go at their own pace, they meet at the epoch's end.
@@ -162,6 +165,7 @@ class ServerExchange:
             self._pull_into_node("parameters", state=False, publish=True)
             if self.node.rank == 0:
                 self._costs.sent(size, perf_counter() - began, 0)
+            self._tell_costs()
         if ends_epoch and self._at_once:
             if len(model_state):
                 held = model_state if self._world.rank == 0 else None
@@ -212,12 +216,12 @@ class ServerExchange:
             server.stop()
         self.node.close()
 
-    def _count(self, moved: int, seconds: float) -> None:
-        """A step is done, in which `moved` bytes were pushed and taken within `seconds`."""
-        wire, costs = self._worker.wire, self._costs
-        if isinstance(wire, LossyWire):
-            coding, costs.coding_seconds = wire.coding_seconds - costs.coding_seconds, wire.coding_seconds
-            costs.sent(moved, seconds - coding, 8 * self._pushed_elements)  # gradients out and weights in
+    def _tell_costs(self) -> None:
+        """Let rank 0 know what the wire format cost and saved where the network is slowest. Collective."""
+        if self.lossy:
+            everyone = self._world.gather_everywhere(self._costs.facts(kind_of(self.lossy.wire_format)))
+            pushing = [facts for facts in everyone if facts["float32_bytes"]]
+            self._told = min(pushing, key=lambda facts: facts["bytes_per_second"])
 
     def _pull_into_node(self, name: str, state: bool, publish: bool = False) -> None:
         """Let the node's `parameters` be an array that the servers hold."""

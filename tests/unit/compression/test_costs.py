@@ -3,7 +3,7 @@
 import pytest
 
 from worker.sync import compression_costs
-from worker.sync.compression_costs import FEWEST_TRIALS, TRIAL_BYTES, Costs, best_bandwidth, line, uncompressed
+from worker.sync.compression_costs import TRIAL_BYTES, Costs, best_bandwidth, line, uncompressed
 
 MEASURED = {
     "wire_format": "int8", "sent_bytes": 25_000_000, "float32_bytes": 100_000_000, "coding_seconds": 1.5,
@@ -34,11 +34,15 @@ def test_bandwidth_is_that_of_the_best_trial_and_a_slow_network_is_tried_few_tim
 
     def send(size: int) -> None:
         sent.append(size)
-        now[0] += [9.0, 4.0, 2.0, 3.0][len(sent) - 1]
+        now[0] += 1 + size / bytes_per_second
 
     monkeypatch.setattr(compression_costs, "perf_counter", lambda: now[0])
-    assert best_bandwidth(send) == TRIAL_BYTES / 2
-    assert sent == [1] + FEWEST_TRIALS * [TRIAL_BYTES]
+    bytes_per_second = 1e4
+    assert best_bandwidth(send) == pytest.approx(65536 / (1 + 6.5536))
+    assert sent == [1, 4096, 16384, 65536]
+    monkeypatch.setattr(compression_costs, "BUDGET_SECONDS", 1000)
+    assert best_bandwidth(send) == pytest.approx(TRIAL_BYTES / (1 + 26.2144))
+    assert sent[-3:] == [TRIAL_BYTES] * 3
 
 
 def test_saved_time_is_counted_at_the_best_bandwidth_seen() -> None:
