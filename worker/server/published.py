@@ -11,15 +11,16 @@ lost stays in the next difference and needs no residual (DoubleSqueeze, Tang et 
 | bounded_staleness, asynchronous | one for each worker, from its first on | for the worker alone    |
 
 Rules: no I/O. A push is decoded only where its length is that of its chunk, and what does not decode is refused and
-changes nothing. Where it is not known what a worker holds (the shard is back from a snapshot, the worker is new), the
-answer is whole weights. Whoever pulls in order to go on from it (`publish`) has whole weights too: at the end of an
-epoch every worker does, so evaluation, checkpoints and the model file see the weights themselves, nothing is
-published beside them, and a checkpoint is whole without the published vector.
+changes nothing. For each chunk the shard knows who holds what is published. Where an answer goes to others than those
+(the shard is back from a snapshot, a worker is new, one did not take what the others took), it is whole weights. Whoever
+pulls in order to go on from it (`publish`) has whole weights too: at the end of an epoch every worker does, so
+evaluation, checkpoints and the model file see the weights themselves, nothing is published beside them, and a
+checkpoint is whole without the published vector.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import TYPE_CHECKING
@@ -42,9 +43,14 @@ EVERYONE = -1  # in the place of a worker's number, where all hold the same
 class _Published:
     """What one worker, or all of them, hold of the shard's elements."""
 
-    def __init__(self, weights: Float32, unknown: set[int]) -> None:
+    def __init__(self, weights: Float32, offsets: Iterable[int], workers: Iterable[int] = ()) -> None:
         self.weights = weights
-        self.unknown = unknown  # offsets of chunks of which the shard does not know what is held
+        self.holders = {offset: set(workers) for offset in offsets}  # by chunk: who holds its part of `weights`
+
+    def drop(self, worker: int) -> None:
+        """This worker holds something else, or nothing."""
+        for workers in self.holders.values():
+            workers.discard(worker)
 
 
 class ShardWire:
@@ -62,20 +68,21 @@ class ShardWire:
         self._seconds = 0.0  # of coding, since the last answer
         self._first_step = shard.step
         self._published: dict[int, _Published] = {}
+        self._taken: tuple[int, int] | None = None  # the version that was published whole last
         if not setup.mode.at_once:
-            unknown = set(self._stops) if setup.restored else set()
-            self._published[EVERYONE] = _Published(shard.parameters.copy(), unknown)
+            holders = () if setup.restored else range(setup.workers)  # who begin with the shard's weights
+            self._published[EVERYONE] = _Published(shard.parameters.copy(), self._stops, holders)
 
     def join(self, worker: int) -> None:
         """A worker begins: what it holds is not known, unless it is what all begin with."""
-        if self._shard.setup.mode.at_once:
-            self._published.pop(worker, None)
-        elif self._shard.step != self._first_step:
-            self._published[EVERYONE].unknown.update(self._stops)
+        if self._shard.step != self._first_step:
+            self.forget(worker)
 
     def forget(self, worker: int) -> None:
-        """A worker has left."""
+        """A worker has left, or begins anew."""
         self._published.pop(worker, None)
+        if EVERYONE in self._published:
+            self._published[EVERYONE].drop(worker)
 
     def gradient(self, head: pb.ExchangeRequest, payload: memoryview) -> Float32:
         """The sum of a worker's gradient over its samples, as far as the push says; empty where no chunk begins.
@@ -113,14 +120,13 @@ class ShardWire:
         published = self._of(answer.workers[0])
         here = self._slice(answer.offset)
         held = published.weights[here]
-        if answer.again and EVERYONE in self._published:
-            # The others have had it. After a return nobody may have: the weights that there are stand in for it.
-            if answer.offset in published.unknown:
-                held[:] = answer.weights
+        to, holders = set(answer.workers), published.holders[answer.offset]
+        if answer.again and holders:  # what the others have had
+            holders |= to
             return held
-        if answer.offset in published.unknown:
+        if to != holders:
             held[:] = answer.weights
-            published.unknown.discard(answer.offset)
+            published.holders[answer.offset] = to
             return held
         elements = here.stop - here.start
         difference, decoded = self._difference[:elements], self._decoded[:elements]
@@ -134,16 +140,19 @@ class ShardWire:
 
     def publish(self, worker: int, weights: Float32) -> None:
         """A worker takes these weights whole, between two of its steps."""
-        published = self._of(worker)
-        published.weights[:] = weights
-        if not self._shard.awaits_workers:  # else some may hold weights of before the shard's death
-            published.unknown.clear()
+        published, version = self._of(worker), self._shard.version
+        if self._taken != version or EVERYONE not in self._published:
+            self._taken = version
+            published.weights[:] = weights
+            published.holders = {offset: set() for offset in self._stops}
+        for workers in published.holders.values():
+            workers.add(worker)
 
     def _of(self, worker: int) -> _Published:
         if EVERYONE in self._published:
             return self._published[EVERYONE]
         if worker not in self._published:
-            self._published[worker] = _Published(np.empty_like(self._shard.parameters), set(self._stops))
+            self._published[worker] = _Published(np.empty_like(self._shard.parameters), self._stops)
         return self._published[worker]
 
     def _slice(self, offset: int) -> slice:

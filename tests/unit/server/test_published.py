@@ -133,9 +133,8 @@ def test_a_shard_back_from_its_snapshot_answers_with_whole_weights_until_it_know
     line = Line("int8", restored=True, step=3)
     for worker, step in ((0, 5), (1, 5), (2, 4)):  # the last one had no answer to step 5
         line.join(worker, step)
-        # Nor does a pull tell what the others hold, while some have not come back.
-        if worker < 2:
-            line.wire.publish(worker, line.shard.parameters)
+    line.wire.publish(1, line.shard.parameters)  # which tells nothing of what the others hold
+    line.held[1][START:] = line.shard.parameters
     for offset in OFFSETS:
         line.push(2, 5, offset)
     assert line.whole == len(OFFSETS)
@@ -145,6 +144,19 @@ def test_a_shard_back_from_its_snapshot_answers_with_whole_weights_until_it_know
     assert line.whole == 2 * len(OFFSETS)
     line.step(7, 1)
     assert line.whole == 2 * len(OFFSETS)
+    for held in line.held:
+        np.testing.assert_array_equal(held[START:], line.published(0))
+
+
+@pytest.mark.parametrize("who", [[0], [0, 1], [0, 1, 2]])
+def test_whole_weights_that_some_have_taken_are_sent_to_all_unless_all_have(who: list[int]) -> None:
+    line = running("int8")
+    line.step(1, 3)
+    for worker in who:
+        line.wire.publish(worker, line.shard.parameters)
+        line.held[worker][START:] = line.shard.parameters
+    line.step(2, 3)
+    assert line.whole == (0 if len(who) == WORKERS else len(OFFSETS))
     for held in line.held:
         np.testing.assert_array_equal(held[START:], line.published(0))
 
