@@ -12,8 +12,8 @@ lost stays in the next difference and needs no residual (DoubleSqueeze, Tang et 
 
 Rules: no I/O. A push is decoded only where its length is that of its chunk, and what does not decode is refused and
 changes nothing. For each chunk the shard knows who holds what is published. Where an answer goes to others than those
-(the shard is back from a snapshot, a worker is new, one did not take what the others took), it is whole weights. Whoever
-pulls in order to go on from it (`publish`) has whole weights too: at the end of an epoch every worker does, so
+(the shard is back from a snapshot, a worker is new, one did not take what the others took), it is whole weights.
+Whoever pulls in order to go on from it (`publish`) has whole weights too: at the end of an epoch every worker does, so
 evaluation, checkpoints and the model file see the weights themselves, nothing is published beside them, and a
 checkpoint is whole without the published vector.
 """
