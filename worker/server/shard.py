@@ -182,7 +182,7 @@ class Shard:
         if self._mode.at_once:
             return self._receive_at_once(chunk, push, now)
         if chunk.step == push.step:
-            return [self._answer(chunk, (push.worker,))]
+            return [self._answer(chunk, (push.worker,))._replace(again=True)]
         if push.worker in chunk.held:
             return []
         if self._terms is None:

@@ -16,7 +16,6 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
@@ -29,6 +28,7 @@ from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
 from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
+from worker.sync.server_wire import ChunkPush, Lossy, open_wire
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -47,17 +47,6 @@ R = TypeVar("R", bound=Message)
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class _Push:
-    """A chunk on its way out; the gradient is read when gRPC's thread takes it."""
-
-    step: int
-    start: int
-    stop: int
-    samples: int
-    learning_rate: float
-
-
 class _Server:
     """One shard: its channel, its range of the vector, its stream."""
 
@@ -71,7 +60,7 @@ class _Server:
 
     def _connect(self) -> None:
         self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT, NO_THREAD_FOR_PULL))
-        self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
+        self.outgoing: queue.SimpleQueue[ChunkPush | bytes | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:
         """A channel and a queue anew; nothing of the old stream is sent."""
@@ -104,6 +93,7 @@ class ParameterServerExchange:
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
         pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int], int] | None = None,
+        lossy: Lossy | None = None,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -115,6 +105,7 @@ class ParameterServerExchange:
             pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
                 out in the place of `gradient` and `totals`.
             share_of: from the samples of a batch to how many of them this worker computes; None: an equal share.
+            lossy: the wire format, where it is not float32, and the residual to go on from.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -127,8 +118,8 @@ class ParameterServerExchange:
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
-        self._gradient, self._pushed_totals = pushed or (gradient, totals)
-        self._into = parameters.data.cast("B")
+        pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
+        self.wire = open_wire(lossy, pushed_gradient, parameters)
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
@@ -162,6 +153,8 @@ class ParameterServerExchange:
             self._open_stream(server)
         for server in self._own:
             self._next(server, "join", "its stream", began)
+        if self._own:
+            self.wire.measure(lambda size: self._round_trip(self._own[0], size))
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
@@ -182,7 +175,7 @@ class ParameterServerExchange:
     def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
-            layout_digest=self._layout_digest, step=self._step,
+            layout_digest=self._layout_digest, step=self._step, wire_format=self.wire.wire_format,
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
@@ -200,8 +193,9 @@ class ParameterServerExchange:
         """
         began = time.perf_counter()
         self._expires = time.monotonic() + self._timeout_seconds
+        terms = (samples, learning_rate, self._share_of(samples))
         queues = [
-            [_Push(step, start, stop, samples, learning_rate) for start, stop in reversed(server.chunks.items())]
+            [ChunkPush(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())]
             for server in self._own
         ]
         for server, pushes in zip(self._own, queues, strict=True):
@@ -215,17 +209,18 @@ class ParameterServerExchange:
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
 
-    def pull(self, state: bool = True) -> dict[str, Float32]:
+    def pull(self, state: bool = True, publish: bool = False) -> dict[str, Float32]:
         """The weights as `parameters` and, with `state`, the optimizer's arrays as `optimizer.<name>`; all copies.
 
-        Between two steps only.
+        Between two steps only. `publish`: this worker's next step begins with these weights (PullRequest).
         """
+        request = pb.PullRequest(state=state, publish=publish, worker=self._worker, generation=self._generation)
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
             self._awaited = server
             try:
-                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
+                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, request, arrays)))  # noqa: B023
             except grpc.RpcError as error:
                 raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
         self._awaited = None
@@ -234,11 +229,11 @@ class ParameterServerExchange:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
 
-    def _pull(self, server: _Server, state: bool, arrays: dict[str, Float32]) -> int:
+    def _pull(self, server: _Server, request: pb.PullRequest, arrays: dict[str, Float32]) -> int:
         """Fill in what one server holds; the step its chunks are of."""
         stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
         step = 0
-        for data in stream(pb.PullRequest(state=state), timeout=self._timeout_seconds, metadata=server.metadata):
+        for data in stream(request, timeout=self._timeout_seconds, metadata=server.metadata):
             head, payload = decode(pb.PullResponse, DATA, data)
             array = arrays.setdefault(head.name, np.empty(len(self._parameters), np.float32))
             chunk = as_array(payload)
@@ -285,21 +280,31 @@ class ParameterServerExchange:
         if self._watching.ident is not None:
             self._watching.join(END_SECONDS)
 
-    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
+    def _round_trip(self, server: _Server, size: int) -> None:
+        """Send so many bytes that the server ignores, and wait for its answer."""
+        began = time.perf_counter()
+        request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
+        server.outgoing.put(request.SerializeToString())
+        self._next(server, "join", "its answer to a trial of the network", began)
+
+    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
         yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
         while (push := outgoing.get()) is not None:
+            if isinstance(push, bytes):
+                yield push
+                continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
-                share_samples=self._share_of(push.samples),
+                share_samples=push.share,
             )  # fmt: skip
-            data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
+            data = encode(head, GRADIENT, self.wire.outgoing(push))
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: _Server, step: int, began: float, pushes: list[_Push]) -> None:
+    def _receive(self, server: _Server, step: int, began: float, pushes: list[ChunkPush]) -> None:
         missing = dict(server.chunks)
         while missing:
             what = f"{len(missing)} of {len(server.chunks)} weight chunks"
@@ -314,19 +319,17 @@ class ParameterServerExchange:
             self.received_bytes += len(data)
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, data)
             stop = missing.pop(head.offset, None)
-            if stop is None or head.step != step or len(payload) != 4 * (stop - head.offset):
+            if stop is None or head.step != step or not self.wire.take(head, payload, stop):
                 raise TrainingFault(
                     f"parameter server {server.address}, step {step}: it answered with {len(payload)} bytes at offset "
                     f"{head.offset} of step {head.step}, which was not asked for"
                 )
-            # A plain copy of bytes, which unlike an assignment between arrays does not care about alignment.
-            self._into[4 * head.offset : 4 * stop] = payload
             if head.offset == server.range.start:
                 self.staleness.see(head.staleness)
             if head.totals and head.offset == 0:
                 self._totals[:] = head.totals
 
-    def _return_to(self, server: _Server, step: int, pushes: list[_Push]) -> None:
+    def _return_to(self, server: _Server, step: int, pushes: list[ChunkPush]) -> None:
         """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
         self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
 
