@@ -33,13 +33,15 @@ class Watchdog:
         self._is_alone = is_alone
         self._on_stall = on_stall
         self._doing = "starting"
+        self._least_seconds = 0.0
         self._since = monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def doing(self, activity: str) -> None:
-        """State what comes next; its time starts now."""
+    def doing(self, activity: str, least_seconds: float = 0.0) -> None:
+        """State what comes next; its time starts now. It may take `least_seconds` though the limit be shorter."""
+        self._least_seconds = least_seconds
         self._doing = activity
         self._since = monotonic()
 
@@ -57,7 +59,7 @@ class Watchdog:
                 self._since = now  # we were stopped ourselves: that time is nobody's fault
             looked = now
             stuck_seconds = now - self._since
-            if stuck_seconds > self._limit_seconds:
+            if stuck_seconds > max(self._limit_seconds, self._least_seconds):
                 limit = f"limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
                 if not self._is_alone:
                     limit = f"another rank is stuck or gone, or {limit}"
