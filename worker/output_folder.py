@@ -15,7 +15,7 @@ from typing import Any
 from protos import job_pb2
 from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from worker import model_file
-from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, write_atomically
+from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, remove_leftovers, write_atomically
 from worker.errors import OutputFault
 
 JOB = "job.yaml"
@@ -23,7 +23,10 @@ METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 
-TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
+TRAINING_MAY_CHANGE = (
+    *("epochs", "keep_checkpoints", "checkpoint_seconds", "checkpoint_steps"),
+    *("micro_batch", "early_stopping"),
+)
 # A resumed job may name other values for these; everything else decides what the weights become.
 MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": TRAINING_MAY_CHANGE}
 
@@ -82,10 +85,12 @@ def open_again(folder: Path, job: job_pb2.JobSpec, say: Callable[[str], None]) -
     if difference:
         raise OutputFault(f"{folder}: was another job: {difference}; resume with the same job or name another -o")
     found = newest_checkpoint(folder / CHECKPOINTS, say)
-    if found.epoch > job.training.epochs:
+    if found.epoch + bool(found.batches) > job.training.epochs:
+        more = " and a part of the next" if found.batches else ""
         raise OutputFault(
-            f"{folder}: has done {found.epoch} epochs and training.epochs is {job.training.epochs}; ask for more"
+            f"{folder}: has done {found.epoch} epochs{more} and training.epochs is {job.training.epochs}; ask for more"
         )
+    remove_leftovers(folder / CHECKPOINTS)
     write_atomically(folder / JOB, to_yaml(job).encode())
     return found
 
