@@ -215,10 +215,15 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
     )
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what a process that was killed while it wrote has left half done."""
-    for path in folder.glob(".step-*.tmp"):
-        path.unlink(missing_ok=True)
+def remove_leftovers(folder: Path, newest: int) -> None:
+    """Remove what a killed process left half written, and checkpoints after step `newest`, from which a run goes on.
+
+    Those are damaged; as the newest few they would push out the good ones that come.
+    """
+    later = [path for path in list_checkpoints(folder) if path.name > checkpoint_path(folder, newest).name]
+    for path in [*folder.glob(".step-*.tmp"), *later]:
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -90,7 +90,7 @@ def open_again(folder: Path, job: job_pb2.JobSpec, say: Callable[[str], None]) -
         raise OutputFault(
             f"{folder}: has done {found.epoch} epochs{more} and training.epochs is {job.training.epochs}; ask for more"
         )
-    remove_leftovers(folder / CHECKPOINTS)
+    remove_leftovers(folder / CHECKPOINTS, found.step)
     write_atomically(folder / JOB, to_yaml(job).encode())
     return found
 

@@ -5,9 +5,12 @@ number, on another number too.
 """
 
 import json
+import os
 import random
 import re
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.mpi.jobs import SAMPLES, assert_close, metrics, summary, write_data, write_job
+from tests.mpi.test_faults import rank_process
 
 STOPPED = Path(__file__).with_name("programs") / "stopped.py"
 EPOCHS, STEPS = 4, 5  # of an epoch
@@ -134,3 +138,74 @@ def test_interrupted_and_resumed_equals_never_interrupted(run, data, tmp_path, n
             assert_same(other, whole)
         else:
             assert_close(load_file(other / "model.safetensors"), load_file(whole / "model.safetensors"))
+
+
+@pytest.mark.timeout(300)
+def test_a_killed_run_goes_on_from_its_newest_good_checkpoint_within_the_epoch(run, run_ranks, data, tmp_path) -> None:
+    ranks, per_node, job = make_job(tmp_path, data, "adam with schedule and average")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    run(ranks, per_node, None, job, "-o", whole)
+    killed = [STOPPED, 0, 1, 14, "SIGKILL", "train", job, "-o", parts, "--set", "training.checkpoint_steps=1"]
+    assert run_ranks(ranks, killed, timeout_seconds=100).returncode != 0
+    checkpoints = sorted(parts.glob("checkpoints/step-*.safetensors"))
+    steps = [int(path.stem.removeprefix("step-")) for path in checkpoints]
+    # That after step 13 may have been on its way; it was begun when the one before was complete.
+    assert steps in ([11, 12], [12, 13])
+    newest = checkpoints[-1]
+    newest.write_bytes(newest.read_bytes()[:-1] + b"\xff")
+    (parts / "checkpoints" / ".step-000000014.safetensors.1.tmp").write_bytes(b"half")
+
+    said = run(ranks, per_node, None, job, "-o", parts, "--resume", "--set", "training.keep_checkpoints=1")
+    assert f"skipped a checkpoint: {newest}: is damaged: its sha256 does not match what it holds\n" in said
+    assert f"resuming after step {steps[0]} (epoch 2, after {steps[0] - 10} steps of epoch 3)\n" in said
+    assert_same(parts, whole)
+    assert_metrics_go_on(parts, whole)
+    assert [path.name for path in (parts / "checkpoints").iterdir()] == ["step-000000020.safetensors"]
+
+
+@pytest.mark.parametrize("sync", ["all_reduce", "parameter_server"])
+def test_mpirun_hands_sigusr1_on_to_all_ranks_which_stop_together(start_ranks, run, data, tmp_path, sync) -> None:
+    """How a coordinator has a job pause: one signal to mpirun, and its exit code says that there is more to do."""
+    job = write_job(tmp_path, data / "data.npz", sync=sync, training={"epochs": 1_000_000})
+    launcher = start_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/checkpoints/step-*")):
+        assert time.monotonic() < deadline, "no epoch was done in 60 s"
+        time.sleep(0.02)
+    launcher.send_signal(signal.SIGUSR1)
+    said, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode == 5, said + errors
+    assert "started again" not in errors  # a server, which the signal reaches too
+    stopped = re.search(r"^stopped by SIGUSR1 after step (\d+); checkpoint (\S+): go on with --resume$", said, re.M)
+    assert stopped, said
+    more = int(stopped[1]) // STEPS + 1
+    said = run(2, 0, None, job, "-o", tmp_path / "out", "--resume", "--set", f"training.epochs={more}")
+    assert f"resuming after step {stopped[1]} " in said
+
+
+def test_a_step_that_outlasts_the_grace_ends_the_job_with_a_line_that_says_so(start_ranks, data, tmp_path) -> None:
+    job = write_job(tmp_path, data / "data.npz", training={"epochs": 1_000_000})
+    settings = ["--set", "limits.grace_seconds=0.5"]
+    launcher = start_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", *settings])
+    deadline = time.monotonic() + 60
+    while not list(tmp_path.glob("out/checkpoints/step-*")):
+        assert time.monotonic() < deadline, "no epoch was done in 60 s"
+        time.sleep(0.02)
+    os.kill(rank_process(launcher, 1), signal.SIGSTOP)
+    os.kill(rank_process(launcher, 0), signal.SIGTERM)
+    said, errors = launcher.communicate(timeout=60)
+    assert launcher.returncode != 0
+    assert re.search(
+        r"^error: rank 0 of 2 on \S+: step \d+ \(epoch \d+\), phase \w+: told to end by SIGTERM 0\.5 s ago and the step "
+        r"is not done: it ends without a checkpoint; raise limits\.grace_seconds", errors, re.M
+    ), errors  # fmt: skip
+
+
+def test_nodes_at_their_own_pace_stop_together_when_the_epoch_ends(run, data, tmp_path) -> None:
+    job = write_job(tmp_path, data / "data.npz", sync="parameter_server", training={"epochs": EPOCHS})
+    mode = {"parameter_server": {"mode": "asynchronous"}}
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"sync": mode}))
+    said = run(2, 0, (1, 7, "SIGTERM"), job, "-o", tmp_path / "out", code=5)
+    assert "stopped by SIGTERM after step 10; checkpoint " in said
+    assert "resuming after step 10 " in run(2, 0, None, job, "-o", tmp_path / "out", "--resume")
+    assert [line["epoch"] for line in metrics(tmp_path / "out") if "validation_loss" in line] == [1, 2, 3, 4]

@@ -1,4 +1,4 @@
-"""A process told to stop remembers it; SIGTERM leaves it a grace, then it says its last words and ends by the signal."""
+"""A process told to stop remembers it; SIGTERM leaves it a grace, then it says last words and ends by the signal."""
 
 import signal
 import subprocess
