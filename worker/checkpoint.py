@@ -145,6 +145,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
     try:
         if what := damage(path):
             raise CheckpointFault(f"{path}: is damaged: {what}")
+    except FileNotFoundError as error:
+        raise CheckpointFault(f"{path}: is not there") from error
     except OSError as error:
         raise CheckpointFault(f"{path}: cannot be read: {error.strerror}") from error
     tensors, metadata = read_safetensors(path)

@@ -149,11 +149,10 @@ class Side:
 
 
 def compare(name: str, count: int, workers: int, rounds: int, folder: Path) -> None:
-    from safetensors.numpy import save_file
+    from worker.checkpoint import Checkpoint, write_checkpoint
 
     start_file = folder / f"{count}.safetensors"
-    metadata = {"step": "0", "layout_digest": DIGEST, "decayed": "[]"}
-    save_file({"parameters": np.zeros(count, np.float32)}, start_file, metadata)
+    write_checkpoint(start_file, Checkpoint(0, 0, 0, DIGEST, [], np.zeros(count, np.float32), {}))
     sides = {
         kind: Side(kind, count, workers, start_file) for kind in ("echo-threads", "echo-loop", "echo-kept", *OPTIMIZERS)
     }

@@ -7,15 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from safetensors.numpy import save_file
 
 from protos import job_pb2
+from worker.checked_file import write_checked
 from worker.errors import CheckpointFault, TrainingFault
+from worker.measurements import Position
 from worker.server.process import ServerProcess, load_shard, start_server_process
 from worker.sync.parameter_server import ParameterServerExchange
 
@@ -58,11 +60,8 @@ assert "mpi4py" not in sys.modules
 
 def save_start(path: Path, tensors: dict[str, np.ndarray] | None = None, **metadata: str) -> Path:
     tensors = tensors or {"parameters": np.arange(COUNT, dtype=np.float32)}
-    save_file(
-        tensors,
-        path,
-        {"step": "0", "epoch": "0", "samples": "0", "layout_digest": DIGEST, "decayed": "[[0, 8]]"} | metadata,
-    )
+    position = {name: json.dumps(value) for name, value in asdict(Position()).items()}
+    write_checked(path, tensors, {"layout_digest": DIGEST, "decayed": "[[0, 8]]"} | position | metadata)
     return path
 
 
@@ -131,6 +130,21 @@ def test_sigterm_ends_it(files) -> None:
     server.process.send_signal(signal.SIGTERM)
     assert server.process.wait(10) == 0
     server.stop()
+
+
+def test_a_server_that_a_rank_keeps_alive_leaves_signals_to_that_rank(files) -> None:
+    """Slurm signals every process of a job, and mpirun those that a rank has started too."""
+    server = start(files, snapshots=True)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        server.process.send_signal(number)
+    weights = np.arange(COUNT, dtype=np.float32)
+    exchange = exchange_of(server, weights, np.ones(COUNT, np.float32))
+    assert exchange.join() == 0
+    exchange.step(1, 1, 0.5)
+    exchange.leave()
+    assert weights[1] == 0.5
+    assert server.process.poll() is None
+    assert server.stop() == 0
 
 
 def test_killing_whoever_started_it_ends_it(files) -> None:

@@ -193,11 +193,11 @@ def test_a_step_that_outlasts_the_grace_ends_the_job_with_a_line_that_says_so(st
         time.sleep(0.02)
     os.kill(rank_process(launcher, 1), signal.SIGSTOP)
     os.kill(rank_process(launcher, 0), signal.SIGTERM)
-    said, errors = launcher.communicate(timeout=60)
+    _, errors = launcher.communicate(timeout=60)
     assert launcher.returncode != 0
     assert re.search(
-        r"^error: rank 0 of 2 on \S+: step \d+ \(epoch \d+\), phase \w+: told to end by SIGTERM 0\.5 s ago and the step "
-        r"is not done: it ends without a checkpoint; raise limits\.grace_seconds", errors, re.M
+        r"^error: rank 0 of 2 on \S+: step \d+ \(epoch \d+\), phase \w+: told to end by SIGTERM 0\.5 s ago and the "
+        r"step is not done: it ends without a checkpoint; raise limits\.grace_seconds", errors, re.M
     ), errors  # fmt: skip
 
 
