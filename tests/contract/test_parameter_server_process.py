@@ -132,21 +132,6 @@ def test_sigterm_ends_it(files) -> None:
     server.stop()
 
 
-def test_a_server_that_a_rank_keeps_alive_leaves_signals_to_that_rank(files) -> None:
-    """Slurm signals every process of a job, and mpirun those that a rank has started too."""
-    server = start(files, snapshots=True)
-    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
-        server.process.send_signal(number)
-    weights = np.arange(COUNT, dtype=np.float32)
-    exchange = exchange_of(server, weights, np.ones(COUNT, np.float32))
-    assert exchange.join() == 0
-    exchange.step(1, 1, 0.5)
-    exchange.leave()
-    assert weights[1] == 0.5
-    assert server.process.poll() is None
-    assert server.stop() == 0
-
-
 def test_killing_whoever_started_it_ends_it(files) -> None:
     parent = subprocess.Popen(
         [
