@@ -17,6 +17,7 @@ from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from worker import model_file
 from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, remove_leftovers, write_atomically
 from worker.errors import OutputFault
+from worker.measurements import Position
 
 JOB = "job.yaml"
 METRICS = "metrics.jsonl"
@@ -105,18 +106,23 @@ def is_finished(folder: Path) -> bool:
     return (folder / model_file.FILE_NAME).exists() and (folder / SUMMARY).exists()
 
 
-def cut_metrics(folder: Path, last_step: int) -> None:
-    """Drop the lines of steps that will be done again after a resume."""
+def cut_metrics(folder: Path, start: Position) -> None:
+    """Drop the lines of what will be done again after a resume from `start`."""
     path = folder / METRICS
     if not path.exists():
         return
-    kept = []
+    kept: list[str] = []
+    last = 0
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+            step = json.loads(line)["step"]
         except (ValueError, KeyError):
             break  # the line that was being written when the run was killed; nothing follows it
+        # A run stopped behind an epoch's last step has a line there, and a second one once it has evaluated.
+        if step > start.step or (step == last == start.step and start.batches):
+            break
+        kept.append(line + "\n")
+        last = step
     write_atomically(path, "".join(kept).encode())
 
 

@@ -91,7 +91,7 @@ def run_job(
     client = connect(os.environ) if world.rank == 0 else None
     reporter = None
     if world.rank == 0:
-        output_folder.cut_metrics(folder, start.step)
+        output_folder.cut_metrics(folder, start)
         send = client.send if client else None
         reporter = Reporter(folder / output_folder.METRICS, job.training.epochs, say, send)
     saved = reporter.saved if reporter else lambda time: None
