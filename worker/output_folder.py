@@ -62,6 +62,7 @@ def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (folder / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        remove_leftovers(folder / CHECKPOINTS, newest=0)
     except OSError as error:
         raise OutputFault(f"{folder}: cannot be made: {error.strerror}; name another folder with -o") from error
     write_atomically(folder / JOB, to_yaml(job).encode())
