@@ -38,6 +38,8 @@ from worker.termination import StopRequest
 from worker.train import Observers, Result, train
 from worker.watchdog import Watchdog
 
+OPENING_SECONDS = 30.0  # an exchange may have to start processes, which has a deadline of its own
+
 
 def run_job(
     world: World,
@@ -78,7 +80,7 @@ def run_job(
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
     start = from_plain(world.broadcast(asdict(found.position if found else Position())))
-    watchdog.doing("opening the exchange")
+    watchdog.doing("opening the exchange", OPENING_SECONDS)
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
