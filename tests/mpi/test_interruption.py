@@ -39,6 +39,7 @@ JOBS = {
     "batch_norm": (2, 0, "adam", "all_reduce", {"model": BATCH_NORM}),
     "int8 between nodes": (2, 1, "momentum", {"all_reduce": {"wire_format": "int8"}}, {}),
     "parameter server": (2, 1, "adam", "parameter_server", SCHEDULED),
+    "int8 to servers": (2, 1, "momentum", {"parameter_server": {"wire_format": "int8"}}, {}),
     "local steps": (2, 0, "adam", NESTEROV, STOPPING | {"model": BATCH_NORM}),
     "early stopping and keep_best": (2, 0, "adam", "all_reduce", STOPPING),
     "reproducible": (2, 0, "adam", "all_reduce", {"training": {"reproducible": True, "average": {"decay": 0.8}}}),
@@ -122,8 +123,9 @@ def test_interrupted_and_resumed_equals_never_interrupted(run, data, tmp_path, n
     said = run(ranks, per_node, where, job, "-o", parts, code=5)
     stopped = re.search(rf"^stopped by {where[2]} after step (\d+); checkpoint (\S+): go on with --resume$", said, re.M)
     assert stopped, said
-    # Replicas meet behind each second step of an epoch, and at its end.
-    meeting = step if "local" not in name else min(step + (step % STEPS) % 2, -(-step // STEPS) * STEPS)
+    # Replicas meet behind each second step of an epoch, and at its end; there alone nodes have the servers' weights.
+    end = -(-step // STEPS) * STEPS
+    meeting = {"local steps": min(step + (step % STEPS) % 2, end), "int8 to servers": end}.get(name, step)
     assert int(stopped[1]) == meeting
     assert Path(stopped[2]).name == f"step-{meeting:09d}.safetensors"
     assert not (parts / "model.safetensors").exists()
