@@ -2,8 +2,8 @@
 
 Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
 worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
-cache; every buffer is made in `reserve`. A pooling behind may take each slice at once (tiles.py). Where winograd.py does
-the same with fewer products it is asked instead.
+cache; every buffer is made in `reserve`. A pooling behind may take each slice at once (tiles.py). Where winograd.py
+does the same with fewer products it is asked instead.
 """
 
 import math
