@@ -11,10 +11,10 @@ import contextlib
 import fcntl
 import logging
 import os
+import queue
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -79,17 +79,17 @@ def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots:
     data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
-    stop = threading.Event()
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event set by a handler can meet its own wait and lock up
 
-    def asked(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    def asked(number: int, _frame: FrameType | None) -> None:
+        stop.put(number)
 
     previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         settings = read_settings(listen, http, state, data_roots, slots)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
-            stop.wait()
+            stop.get()
     except CannotServe as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
