@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protos.environment import SERVER_ADDRESS
+from protos.environment import SERVER_ADDRESS, STORE
 
 if TYPE_CHECKING:
     from coordinator.client import Client
@@ -108,12 +108,16 @@ def serve(
         list[str], typer.Option(metavar="DIR_OR_URL", help="Jobs may read data only below it; may be given again.")
     ] = [],  # noqa: B006  # Typer copies it
     slots: Annotated[int | None, typer.Option(min=1, help="Workers that may run at once; the cores here.")] = None,
+    store: Annotated[
+        str,
+        typer.Option(envvar=STORE, metavar="URL", help="PostgreSQL for the jobs, in place of SQLite in --state."),
+    ] = "",
 ) -> None:
     """Start a coordinator: takes jobs, queues and launches them."""
     from coordinator.launchers.local import available_cores
     from coordinator.serve import serve
 
-    raise typer.Exit(serve(listen, http, state or default_state(), data_root, slots or available_cores()))
+    raise typer.Exit(serve(listen, http, state or default_state(), data_root, slots or available_cores(), store))
 
 
 @app.command()

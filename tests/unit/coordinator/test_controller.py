@@ -12,6 +12,7 @@ from prometheus_client import CollectorRegistry
 import coordinator.controller
 from coordinator.changes import Changes
 from coordinator.controller import Controller, Launcher
+from coordinator.database import sqlite_at
 from coordinator.jobs import JobState
 from coordinator.launchers.local import Cause
 from coordinator.metrics import Metrics
@@ -71,7 +72,7 @@ class Parts:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
-    store, changes = Store(tmp_path / "paceline.sqlite"), Changes()
+    store, changes = Store(sqlite_at(tmp_path / "paceline.sqlite")), Changes()
     launched: list[FakeRunning] = []
 
     def start(job, secret, folder) -> FakeRunning:
