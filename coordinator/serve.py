@@ -38,6 +38,7 @@ from coordinator.http_port import HttpPort
 from coordinator.jobs import Job
 from coordinator.launchers import local
 from coordinator.metrics import Metrics
+from coordinator.quotas import DEFAULT_QUOTAS, Quotas, read_quotas
 from coordinator.scheduler import Capacity
 from coordinator.service import CoordinatorService
 from coordinator.store import Store
@@ -71,16 +72,26 @@ class Settings:
     mpirun: str
     worker: str
     store: sa.URL | None = None  # None: SQLite in the state folder
+    quotas: Quotas = DEFAULT_QUOTAS
     start_deadline_seconds: float = 60.0
     grace_seconds: float = 5.0
 
 
-def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int, store: str = "") -> int:
+def serve(
+    listen: str,
+    http: str,
+    state: Path,
+    data_roots: Sequence[str],
+    slots: int,
+    store: str = "",
+    limits: Sequence[str] = (),
+) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
     data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
-    store: a PostgreSQL database in place of the SQLite file in the state folder.
+    store: a PostgreSQL database in place of the SQLite file in the state folder. limits: `NAME=NUMBER` each, the names
+    in quotas.LIMITS.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event set by a handler can meet its own wait and lock up
@@ -90,7 +101,7 @@ def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots:
 
     previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        settings = read_settings(listen, http, state, data_roots, slots, store)
+        settings = read_settings(listen, http, state, data_roots, slots, store, limits)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
             stop.get()
@@ -104,7 +115,13 @@ def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots:
 
 
 def read_settings(
-    listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int, store: str = ""
+    listen: str,
+    http: str,
+    state: Path,
+    data_roots: Sequence[str],
+    slots: int,
+    store: str = "",
+    limits: Sequence[str] = (),
 ) -> Settings:
     """Check what was typed, raising CannotServe; warns when others can reach the coordinator."""
     try:
@@ -117,6 +134,10 @@ def read_settings(
         url = read_store(store) if store else None
     except ValueError as fault:  # what was given may hold a password
         raise CannotServe(f"--store: {fault}", ExitCode.USAGE) from fault
+    try:
+        quotas = read_quotas(limits)
+    except ValueError as fault:
+        raise CannotServe(f"--limit: {fault}", ExitCode.USAGE) from fault
     for root in data_roots:
         if not is_url(root) and not Path(root).is_dir():
             raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
@@ -128,7 +149,7 @@ def read_settings(
         reach = f"--listen {listen}: other machines can reach this coordinator and it has no authentication yet"
         print(f"warning: {reach}; whoever reaches it can run jobs here", file=sys.stderr)
     roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)
-    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url)
+    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url, quotas)
 
 
 class Coordinator:
@@ -152,7 +173,7 @@ class Coordinator:
             metrics=metrics,
             changes=self._changes,
             state=settings.state,
-            capacity=Capacity(settings.slots, settings.start_deadline_seconds),
+            capacity=Capacity(settings.slots, settings.start_deadline_seconds, settings.quotas),
             clock=_now,
             grace_seconds=settings.grace_seconds,
         )
@@ -163,6 +184,7 @@ class Coordinator:
             state=settings.state,
             data_roots=settings.data_roots,
             slots=settings.slots,
+            quotas=settings.quotas,
         )
         add_service = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
         add_service(service, self._server)  # type: ignore[no-untyped-call]  # generated without types

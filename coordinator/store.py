@@ -73,6 +73,16 @@ class Store:
                     connection.execute(sa.delete(history).where(tail))
                 connection.execute(sa.insert(history), history_rows(number, job.history)[last:])
 
+    def save_queue(self, waiting: Sequence[Job]) -> None:
+        """Store why each of these jobs waits, and its place, at once: the whole queue moves when one job starts."""
+        rows = [
+            {"waiting": job.id, "reason": job.reason, "message": job.message, "queue_position": job.queue_position}
+            for job in waiting
+        ]
+        if rows:
+            with self._database.writing() as connection:
+                connection.execute(sa.update(jobs).where(jobs.c.id == sa.bindparam("waiting")), rows)
+
     def add_reports(self, job_id: str, attempt: int, new_reports: Sequence[job_pb2.Report]) -> list[job_pb2.Report]:
         """Store the reports that are new and return those: a worker that had no answer sends its lines again."""
         if not new_reports:

@@ -9,8 +9,10 @@ from typing import NamedTuple
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from coordinator.addresses import Address
+from coordinator.database import read_store
 from coordinator.serve import Coordinator, Settings, running
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, job_pb2
@@ -83,9 +85,17 @@ def fake_mpirun(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, fake_mpirun: str) -> Settings:
+def store(request: pytest.FixtureRequest) -> sa.URL | None:
+    """SQLite, or what a module is parametrized with."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return None
+    return read_store(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def settings(tmp_path: Path, fake_mpirun: str, store: sa.URL | None) -> Settings:
     free = Address("127.0.0.1", 0)
-    return Settings(free, free, tmp_path / "state", (), 2, fake_mpirun, "paceline-worker", grace_seconds=1.0)
+    return Settings(free, free, tmp_path / "state", (), 2, fake_mpirun, "paceline-worker", store, grace_seconds=1.0)
 
 
 @pytest.fixture
