@@ -94,14 +94,14 @@ def reached(name: str, quotas: Quotas, count: int) -> str | None:
     """What a job is told that waits because of a limit, None where there is room for it."""
     limit = LIMITS[name]
     value: int = getattr(quotas, limit.field)
-    return f"{count} {limit.counts}, the limit {name} is {value}: {limit.remedy}" if value and count >= value else None
+    return f"limit {name}={value} ({limit.counts}) is reached: {limit.remedy}" if value and count >= value else None
 
 
 def _check(quotas: Quotas, name: str, wanted: int, found: str) -> None:
     limit = LIMITS[name]
     value: int = getattr(quotas, limit.field)
     if value and wanted > value:
-        text = f"{found}, and the limit of {limit.counts} ({name}) is {value}: {limit.remedy}"
+        text = f"{found}, and the limit is {name}={value} ({limit.counts}): {limit.remedy}"
         raise Refused("LimitExceeded", text, quota=name)
 
 

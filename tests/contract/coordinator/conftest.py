@@ -1,6 +1,7 @@
 """A real coordinator on loopback with a fake launcher behind it, and the words to talk to it."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -65,6 +66,13 @@ class Talk(NamedTuple):
 
     def until_state(self, job_id: str, state: job_pb2.JobState) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state == state)
+
+    def until_gone(self, path: Path) -> None:
+        """Something is removed that no watch tells of."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while path.exists():
+            assert time.monotonic() < deadline, f"{path} is still there"
+            time.sleep(0.02)
 
     def until_ended(self, job_id: str) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state in ENDED)

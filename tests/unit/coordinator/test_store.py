@@ -11,6 +11,7 @@ import sqlalchemy as sa
 
 from coordinator import jobs
 from coordinator.database import read_store, sqlite_at
+from coordinator.filters import condition_of, read_filter
 from coordinator.jobs import JobState, advance
 from coordinator.store import Store
 from protos import job_pb2
@@ -171,3 +172,48 @@ def test_readers_see_one_moment_while_another_thread_writes(store, make_job) -> 
     thread.join()
     assert torn == []
     assert store.get(job.id) == moved
+
+
+def test_a_filter_finds_the_jobs_it_names_and_pages_stay_while_jobs_are_added(store, make_job) -> None:
+    def add(number: int, owner: str = "", priority: int = 0, **labels: str) -> None:
+        job = make_job(f"job-{number}", JobState.RUNNING if number % 2 else JobState.QUEUED, owner=owner)
+        job.spec.priority = priority
+        job.spec.labels.update(labels)
+        store.add(job)
+
+    add(0, "ada", 5, team="vision")
+    add(1, "ada", 0, team="speech", kind="test")
+    add(2, "bob", -5, team="vision", kind="test")
+    add(3, 'it\'s "bob"', 0)
+
+    def found(text: str) -> str:
+        return "".join(job.id[-1] for job in store.page(10, None, condition_of(read_filter(text))).jobs)
+
+    assert found("") == "3210"
+    assert found("state=RUNNING") == "31"
+    assert found("state!=RUNNING AND owner=ada") == "0"
+    assert found("labels.team=vision") == "20"
+    assert found("labels.team!=vision") == "31"
+    assert found("labels.team=vision AND labels.kind=test") == "2"
+    assert found("priority>=0 AND priority<5") == "31"
+    assert found("priority<0") == "2"
+    assert found(r'owner="it\'s \"bob\""'.replace(r"\'", "'")) == "3"
+    condition = condition_of(read_filter("labels.team=vision"))
+    first = store.page(1, None, condition)
+    add(4, team="vision")
+    second = store.page(1, first.next_before, condition)
+    assert [page.jobs[0].id for page in (first, second)] == ["job-2", "job-0"]
+    assert second.next_before is None
+
+
+def test_why_the_whole_queue_waits_is_stored_at_once(store, make_job, noon) -> None:
+    waiting = [make_job(f"job-{number}") for number in range(3)]
+    for job in waiting:
+        store.add(job)
+    moved = [
+        advance(job, jobs.Waited("WaitingForTurn", f"place {place}", place), noon)
+        for place, job in enumerate(waiting, 1)
+    ]
+    store.save_queue(moved)
+    store.save_queue([])
+    assert store.open_jobs() == moved
