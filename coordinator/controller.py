@@ -21,14 +21,14 @@ from coordinator import auth, jobs
 from coordinator.changes import Changes
 from coordinator.database import StoreUnavailable
 from coordinator.folders import JobFolder, SummaryUnreadable, job_folder
-from coordinator.jobs import Event, Job, JobState
+from coordinator.jobs import LAUNCHED, Event, Job, JobState
 from coordinator.launchers.local import Cause, LauncherMissing
 from coordinator.leftovers import end_leftovers, identify
 from coordinator.metrics import Metrics
 from coordinator.quotas import check_queue
 from coordinator.refusals import Refused, no_such_job
 from coordinator.retention import Retention
-from coordinator.scheduler import Capacity, GiveUp, Start, Wait, decide
+from coordinator.scheduler import Action, Capacity, GiveUp, Start, Wait, decide
 from coordinator.store import Store
 from protos import coordinator_pb2, job_pb2
 
@@ -92,6 +92,7 @@ class Controller:
         self._stopping = False
         self._jobs: dict[str, Job] = {}  # open jobs, in the order of submission
         self._runs: dict[str, _Run] = {}
+        self._queue_changed = True  # since the queue was last looked at
         self._served: dict[str, datetime] = {}  # when a job of each owner was last launched
         self._retention = Retention(store, state, clock)
         self._unsure: set[str] = set()  # submitted while the store went away: whether they are in it, it alone knows
@@ -123,6 +124,7 @@ class Controller:
                     self._wake.set()
                     raise
                 self._jobs[job.id] = job
+                self._queue_changed = True
                 self._wake.set()
                 return job
 
@@ -244,6 +246,7 @@ class Controller:
             job = self._store.get(job_id)
             if job is not None:
                 self._jobs[job_id] = job
+                self._queue_changed = True
             self._unsure.discard(job_id)
 
     # -------------------------------------------------------------------------------------------------- observe and end
@@ -283,8 +286,18 @@ class Controller:
     def _decide(self) -> None:
         if self._stopping:
             return
+        # A long queue is looked at when something has changed; a deadline passes without that.
+        looked_at = [job for job in self._jobs.values() if self._queue_changed or job.state in LAUNCHED]
+        self._queue_changed = False
+        try:
+            self._act(decide(self._clock(), looked_at, self._capacity, self._served))
+        except BaseException:
+            self._queue_changed = True
+            raise
+
+    def _act(self, actions: Sequence[Action]) -> None:
         waiting: list[Job] = []
-        for action in decide(self._clock(), list(self._jobs.values()), self._capacity, self._served):
+        for action in actions:
             match action:
                 case Start(job_id):
                     self._launch(self._jobs[job_id])
@@ -341,6 +354,7 @@ class Controller:
         moved = jobs.advance(job, event, self._clock())
         self._store.save(moved)
         if moved.state is not job.state:
+            self._queue_changed = True
             log.info("job %s: %s: %s", moved.id, moved.state, moved.message)
         if moved.ended:
             del self._jobs[moved.id]

@@ -263,6 +263,18 @@ def _begin_sqlite(connection: sa.Connection) -> None:
     connection.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
 
 
+# What SQLite says that a person must put right, and how.
+_REMEDIES = {
+    "database or disk is full": "make room on its disk",
+    "disk I/O error": "look at its disk",
+    "attempt to write a readonly database": "make it writable for the user the coordinator runs as",
+    "unable to open database file": "see that its folder is there and writable",
+    "database disk image is malformed": "bring it back from a backup, or move it away to begin without these jobs",
+    "file is not a database": "bring it back from a backup, or move it away to begin anew",
+}
+
+
 def _words(fault: Any) -> str:
-    """What the database said, on one line; of a refused connection its last word on each address."""
-    return " ".join(str(fault.orig or fault).split())
+    """What the database said, on one line, and what to do about it where that is known."""
+    words = " ".join(str(fault.orig or fault).split())
+    return f"{words}: {_REMEDIES[words]}" if words in _REMEDIES else words

@@ -32,7 +32,7 @@ from coordinator.addresses import Address, AddressInvalid, AddressUnusable, chec
 from coordinator.answers import SHORT_CALLS_AT_MOST, STREAMS_AT_MOST
 from coordinator.changes import Changes
 from coordinator.controller import Controller, Launcher
-from coordinator.database import StoreUnusable, read_store, sqlite_at
+from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
 from coordinator.folders import JobFolder
 from coordinator.http_port import HttpPort
 from coordinator.jobs import Job
@@ -229,10 +229,10 @@ def running(settings: Settings) -> Iterator[Coordinator]:
             store = Store(settings.store or sqlite_at(settings.state / "paceline.sqlite"))
             opened.callback(store.close)
             coordinator = Coordinator(settings, store, registry)
-        except (StoreUnusable, AddressUnusable) as fault:
+            opened.callback(coordinator.stop)
+            coordinator.start()
+        except (StoreUnusable, StoreUnavailable, AddressUnusable) as fault:
             raise CannotServe(str(fault)) from fault
-        opened.callback(coordinator.stop)
-        coordinator.start()
         yield coordinator
 
 

@@ -189,9 +189,10 @@ class Store:
     def _read(self, query: sa.Select[Any]) -> list[Job]:
         with self._database.reading() as connection:
             rows = connection.execute(query).all()
-            numbers = [row.number for row in rows]
-            query = sa.select(history).where(history.c.job.in_(numbers)).order_by(history.c.place)
-            histories: dict[int, list[StateChange]] = {number: [] for number in numbers}
-            for change in connection.execute(query):
+            histories: dict[int, list[StateChange]] = {row.number: [] for row in rows}
+            same = query.with_only_columns(jobs.c.number).order_by(None)
+            for change in connection.execute(
+                sa.select(history).where(history.c.job.in_(same)).order_by(history.c.place)
+            ):
                 histories[change.job].append(change_of(change))
         return [job_of(row, tuple(histories[row.number])) for row in rows]
