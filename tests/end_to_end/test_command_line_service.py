@@ -24,6 +24,9 @@ loss: softmax_cross_entropy
 optimizer: {adam: {learning_rate: 0.01}}
 training: {epochs: 3, batch_size: 32, seed: 1}
 workers: 2
+priority: 3
+labels: {team: vision}
+limits: {seconds: 3600, keep_for: 3600}
 """
 
 
@@ -72,6 +75,8 @@ def test_a_job_is_submitted_watched_read_and_pulled(ask):
     assert "rank-0 | epoch 3/3" in ask("logs", job_id, "-f").stdout
     assert len(ask("metrics", job_id).stdout.splitlines()) >= 4
     assert job_id in ask("list").stdout
+    assert job_id in ask("list", "--label", "team=vision", "--state", "succeeded").stdout
+    assert ask("list", "--label", "team=speech").stdout == 'no jobs with labels.team="speech"\n'
     ask("pull", job_id, "-o", "pulled")
     assert "accuracy" in subprocess.run(
         [BIN / "paceline", "evaluate", "pulled", "job.yaml"], cwd=ask.folder, capture_output=True, text=True, check=True
