@@ -1,8 +1,10 @@
 """How much jobs may take: the limits a coordinator is started with, and what is said where one is reached.
 
 Rules: a limit is a row of LIMITS and a field of Quotas; 0 means none. What a job is by itself is held against `job.*`
-before it is taken, and so is the room in the queue; `running` and `user.running` refuse nothing: a job beyond them
-waits and says so. A user is who submitted a job; where the coordinator does not ask, all are one.
+before it is taken, and so is the room in the queue. How large a model is depends on the data, which no coordinator
+reads: `job.parameters` is held by the job's own workers, before they allocate the model. `running` and `user.running`
+refuse nothing: a job beyond them waits and says so. A user is who submitted a job; where the coordinator does not ask,
+all are one.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class Quotas:
     user_running: int = 0
     job_slots: int = 0
     job_data_bytes: int = 0
+    job_parameters: int = 0
 
 
 DEFAULT_QUOTAS = Quotas()
@@ -59,6 +62,7 @@ LIMITS: Mapping[str, Limit] = MappingProxyType(
             "bytes of the local files a job names, as they lie on disk",
             "use smaller files",
         ),
+        "job.parameters": Limit("job_parameters", "parameters of a model; a job with more fails", "make it smaller"),
     }
 )
 

@@ -279,6 +279,8 @@ def _launcher(settings: Settings, coordinator: Address) -> Launcher:
             environment.JOB_ATTEMPT: str(job.attempt),
             environment.JOB_TOKEN: secret,
         }
+        if settings.quotas.job_parameters:
+            forwarded[environment.PARAMETERS_ALLOWED] = str(settings.quotas.job_parameters)
         launch = local.render(
             mpirun=settings.mpirun,
             worker=settings.worker,

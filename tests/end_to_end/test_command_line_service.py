@@ -46,6 +46,8 @@ def ask(tmp_path_factory):
         "state",
         "--slots",
         "2",
+        "--limit",
+        "job.parameters=5000",
     ]
     with open(folder / "errors", "wb") as errors:
         serving = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -89,6 +91,13 @@ def test_a_cancelled_job_ends_and_watching_it_fails(ask):
     ask("cancel", job_id)
     done = ask("watch", job_id, code=1)
     assert done.stderr.startswith(f"error: job {job_id} is CANCELLED")
+
+
+def test_a_model_with_more_parameters_than_allowed_fails_before_it_trains(ask):
+    done = ask("submit", "job.yaml", "--watch", "--set", "model[0].dense.units=1000000", code=1)
+    assert "model: has 75000010 parameters, and the coordinator's limit is job.parameters=5000: make it smaller" in (
+        done.stderr
+    )
 
 
 def test_the_same_request_gives_the_same_job(ask):
