@@ -200,6 +200,8 @@ class Database:
                 f"{schema.HEAD}): use that version or another store"
             )
         elif found != schema.HEAD:
+            if not self._is_file:  # a large table takes its time
+                connection.exec_driver_sql("SET LOCAL statement_timeout = 0")
             migrate(connection, schema.HEAD)
         if self._is_file:  # what paceline 0.1 reads, so that it leaves a newer file alone
             connection.exec_driver_sql(f"PRAGMA user_version = {int(schema.HEAD)}")

@@ -148,10 +148,10 @@ class Store:
         found = {row[0]: row[1] for row in rows}
         return {state: found.get(state.value, 0) for state in JobState}
 
-    def expiries(self, limit: int = 100) -> list[tuple[str, int]]:
+    def expiries(self) -> list[tuple[str, int]]:
         """Ended jobs whose files are to be removed, with the microsecond since 1970 when; the first to go first."""
         when = jobs.c.expires_microseconds
-        query = sa.select(jobs.c.id, when).where(when.is_not(None)).order_by(when).limit(limit)
+        query = sa.select(jobs.c.id, when).where(when.is_not(None)).order_by(when)
         with self._database.reading() as connection:
             return [(row.id, row.expires_microseconds) for row in connection.execute(query)]
 

@@ -1,4 +1,4 @@
-"""A PostgreSQL server of the tests' own, where Debian's package is installed."""
+"""For every test: a PostgreSQL server of their own, where Debian's package is installed; Hypothesis without a clock."""
 
 import itertools
 import os
@@ -11,6 +11,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# Its limit of 200 ms an example says something of the machine and nothing of the code.
+settings.register_profile("unhurried", deadline=None)
+settings.load_profile("unhurried")
 
 START_SECONDS = 60  # on a busy machine
 

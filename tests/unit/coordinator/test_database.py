@@ -118,6 +118,23 @@ def test_a_store_that_is_up_to_date_opens_without_alembic(url, monkeypatch) -> N
         Store(url).close()
 
 
+def test_a_postgresql_store_of_an_older_revision_is_migrated(postgres, make_job) -> None:
+    url = read_store(postgres.new_database())
+    engine = sa.create_engine(url)
+    with engine.begin() as connection:
+        migrate(connection, "1")
+        columns = "id, spec, state, reason, message, attempt, queue_position"
+        values = "'digits-000000', '', 'QUEUED', 'Made', 'made for a test', 0, 0"
+        connection.exec_driver_sql(f"INSERT INTO jobs ({columns}) VALUES ({values})")
+        columns, values = "job, place, state, reason, message, time_microseconds", "1, 0, 'QUEUED', 'Made', '', 0"
+        connection.exec_driver_sql(f"INSERT INTO history ({columns}) VALUES ({values})")
+    store = Store(url)
+    store.add(make_job("digits-000001"))
+    assert [(job.id, job.owner) for job in store.open_jobs()] == [("digits-000000", ""), ("digits-000001", "")]
+    store.close()
+    engine.dispose()
+
+
 def test_a_store_of_a_newer_version_is_left_alone_in_one_line(url, engine) -> None:
     Store(url).close()
     with engine.begin() as connection:
