@@ -21,7 +21,7 @@ import sqlalchemy as sa
 from coordinator import schema
 from coordinator.jobs import JobState
 from protos.labels import LABEL_RULE, is_label
-from protos.rules import not_one_of, quoted
+from protos.wording import not_one_of, quoted
 
 LONGEST = 2000  # characters
 LABELS = "labels."

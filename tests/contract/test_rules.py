@@ -297,6 +297,11 @@ def test_reproducible_does_not_go_with_sums_in_the_middle_of_a_step() -> None:
         "sync.local: gives other weights for each number of replicas, "
         "which `training.reproducible` rules out; remove one of the two"
     ]
+    spec.sync.parameter_server.wire_format.int8.SetInParent()
+    assert faults(spec) == [
+        "sync.parameter_server.wire_format: rounds what each worker sends, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
 
 
 def test_virtual_shards_are_those_of_a_reproducible_job() -> None:

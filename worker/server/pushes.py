@@ -55,6 +55,7 @@ class Answer(NamedTuple):
     weights: Float32  # a view: send or copy it before the next push
     totals: tuple[float, ...]  # over all workers; on the chunk at the shard's start only
     staleness: float = 0.0  # of the push, in steps
+    again: bool = False  # for a repeated push, of whose step others have had the answer
 
 
 class Refused(Exception):

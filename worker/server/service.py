@@ -18,6 +18,7 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
+from worker.server.published import ShardWire, check_format
 from worker.server.pushes import Answer, Conflict, Push, Refused
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
@@ -54,9 +55,13 @@ def status_of(refusal: Refused) -> grpc.StatusCode:
 class ParameterServer:
     """A gRPC server around one shard."""
 
-    def __init__(self, shard: Shard, token: str, snapshots: Snapshots | None = None) -> None:
+    def __init__(
+        self, shard: Shard, token: str, snapshots: Snapshots | None = None, wire: ShardWire | None = None
+    ) -> None:
+        """`wire`: between the shard and a job's lossy wire format; None: float32."""
         self._shard = shard
         self._snapshots = snapshots
+        self._wire = wire
         self._all_joined = asyncio.Event()  # of a shard that is back from a snapshot
         self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
         self._server = grpc.aio.server(
@@ -97,9 +102,12 @@ class ParameterServer:
     async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         shard = self._shard
         try:
+            check_format(request.worker, request.wire_format, self._wire)
             shard.join(request.worker, request.generation, request.parameter_count, request.layout_digest, request.step)
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
+        if self._wire:
+            self._wire.join(request.worker)
         if not shard.awaits_workers:
             self._all_joined.set()
         await self._all_joined.wait()  # until the caller's deadline at the latest
@@ -114,6 +122,8 @@ class ParameterServer:
             self._send(self._shard.leave(request.worker, request.generation))
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
+        if self._wire:
+            self._wire.forget(request.worker)
         self._spread_fault()
         return pb.LeaveResponse()
 
@@ -131,6 +141,12 @@ class ParameterServer:
             arrays |= {f"optimizer.{name}": array for name, array in shard.state.items()}
         if at_once:  # workers at their own pace leave no pause between steps
             arrays = {name: array.copy() for name, array in arrays.items()}
+        if request.publish and self._wire:
+            try:
+                shard.check_member(request.worker, request.generation)
+            except Refused as refusal:
+                await context.abort(status_of(refusal), str(refusal))
+            self._wire.publish(request.worker, arrays["parameters"])
         begin = shard.setup.start
         for name, array in arrays.items():
             for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
@@ -179,7 +195,7 @@ class ParameterServer:
 
     def _tie(self, head: pb.ExchangeRequest, answers: "asyncio.Queue[bytes | End]") -> int:
         """Make this the stream of the worker that its first message names."""
-        self._shard.check_member(head.worker, head.generation)
+        self._shard.check_joined(head.worker, head.generation)
         if head.worker in self._streams:
             raise Conflict(f"worker {head.worker} has a stream already: two processes have the same number")
         if self._shard.fault is not None:
@@ -193,9 +209,12 @@ class ParameterServer:
         if head.step == 0 and not payload:
             self._streams[worker].put_nowait(pb.ExchangeResponse().SerializeToString())
             return
-        if len(payload) % 4:
+        if self._wire:
+            gradient = self._wire.gradient(head, payload)
+        elif len(payload) % 4:
             raise Refused(f"worker {worker}, step {head.step}, offset {head.offset}: {len(payload)} bytes of float32")
-        gradient = as_array(payload)
+        else:
+            gradient = as_array(payload)
         push = Push(
             head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
             tuple(head.totals), head.share_samples,
@@ -204,10 +223,13 @@ class ParameterServer:
 
     def _send(self, answers: list[Answer]) -> None:
         for answer in answers:
+            if self._streams.keys().isdisjoint(answer.workers):
+                continue
             reply = pb.ExchangeResponse(
                 step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness
             )
-            data = encode(reply, WEIGHTS, answer.weights)
+            weights = self._wire.answer(answer, reply) if self._wire else answer.weights
+            data = encode(reply, WEIGHTS, weights)
             for waiting in answer.workers:
                 if waiting in self._streams:
                     self._streams[waiting].put_nowait(data)

@@ -182,7 +182,7 @@ class Shard:
         if self._mode.at_once:
             return self._receive_at_once(chunk, push, now)
         if chunk.step == push.step:
-            return [self._answer(chunk, (push.worker,))]
+            return [self._answer(chunk, (push.worker,))._replace(again=True)]
         if push.worker in chunk.held:
             return []
         if self._terms is None:
@@ -216,14 +216,18 @@ class Shard:
         if not 0 <= worker < self.setup.workers:
             raise Refused(f"worker {worker} does not exist: there are {self.setup.workers}, counted from 0")
 
+    def check_joined(self, worker: int, generation: int) -> None:
+        """Refuse whoever could not push."""
+        self.check_member(worker, generation)
+        if worker not in self._joined:
+            raise Conflict(f"{self._name(worker)} has not joined")
+
     def _check(self, push: Push) -> _Chunk:
         """The push's chunk, or the reason why the push is refused."""
-        self.check_member(push.worker, push.generation)
+        self.check_joined(push.worker, push.generation)
         if self.fault is not None:
             raise Conflict(self.fault)
         where = f"{self._name(push.worker)}, step {push.step}, offset {push.offset}"
-        if push.worker not in self._joined:
-            raise Conflict(f"{where}: it has not joined")
         chunk = self._chunks.get(push.offset)
         if chunk is None:
             raise Refused(

@@ -8,7 +8,7 @@ A server whose connection is lost is given `return_seconds` to come back, from i
 again, tells it the steps done, repeats the step's pushes and counts the steps that were lost.
 
 Rules: arrays are filled in place. The gradient is not touched until `step` returns. Every wait has a deadline; what it
-raises names the server, the step, what was waited for and how long.
+raises names the server, the step, what was waited for and how long. `close` leaves no thread behind.
 """
 
 import queue
@@ -16,10 +16,10 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import grpc
+import grpc.experimental
 import numpy as np
 from google.protobuf.message import Message
 from numpy.typing import NDArray
@@ -27,6 +27,8 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
+from worker.sync.server_wire import ChunkPush, Lossy, open_wire
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -35,6 +37,7 @@ GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
 WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
 DATA = pb.PullResponse.DATA_FIELD_NUMBER
 MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
+NO_THREAD_FOR_PULL = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
 FIRST_RETRY_SECONDS = 0.05
@@ -42,17 +45,6 @@ LAST_RETRY_SECONDS = 1.0  # between two attempts, which begin at the first and d
 
 R = TypeVar("R", bound=Message)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Push:
-    """A chunk on its way out; the gradient is read when gRPC's thread takes it."""
-
-    step: int
-    start: int
-    stop: int
-    samples: int
-    learning_rate: float
 
 
 class _Server:
@@ -63,12 +55,12 @@ class _Server:
         self.metadata = (("authorization", f"Bearer {token}"),)
         self.range = range(0)
         self.chunks: dict[int, int] = {}  # start -> stop
-        self.stream: Any = None  # the call object of the Exchange stream
+        self.stream: Any = None  # an ExchangeStream, once it is open
         self._connect()
 
     def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
-        self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
+        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT, NO_THREAD_FOR_PULL))
+        self.outgoing: queue.SimpleQueue[ChunkPush | bytes | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:
         """A channel and a queue anew; nothing of the old stream is sent."""
@@ -78,6 +70,9 @@ class _Server:
     def close(self) -> None:
         """End the stream and the channel."""
         self.outgoing.put(None)
+        if self.stream is not None:
+            self.stream.close()
+            self.stream = None
         self.channel.close()
 
     def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
@@ -98,6 +93,7 @@ class ParameterServerExchange:
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
         pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int], int] | None = None,
+        lossy: Lossy | None = None,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -109,6 +105,7 @@ class ParameterServerExchange:
             pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
                 out in the place of `gradient` and `totals`.
             share_of: from the samples of a batch to how many of them this worker computes; None: an equal share.
+            lossy: the wire format, where it is not float32, and the residual to go on from.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -121,15 +118,17 @@ class ParameterServerExchange:
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
-        self._gradient, self._pushed_totals = pushed or (gradient, totals)
-        self._into = parameters.data.cast("B")
+        pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
+        self.wire = open_wire(lossy, pushed_gradient, parameters)
         self._timeout_seconds = timeout_seconds
         self._servers = [_Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
         self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
+        self._awaited: _Server | None = None
         self._closed = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.
@@ -137,13 +136,13 @@ class ParameterServerExchange:
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
         keep_freed_memory()
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
+        self._watching.start()
         steps = set()
         for server in self._own:
             try:
                 steps.add(self._join(server, JOIN_TIMEOUT_SECONDS).step)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, join: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, join: {words(error)}") from error
         if len(self._own) == len(self._servers):
             check_ranges([(server.range, server.address) for server in self._own], len(self._parameters))
         if len(steps) > 1:
@@ -154,6 +153,8 @@ class ParameterServerExchange:
             self._open_stream(server)
         for server in self._own:
             self._next(server, "join", "its stream", began)
+        if self._own:
+            self.wire.measure(lambda size: self._round_trip(self._own[0], size))
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
@@ -163,10 +164,18 @@ class ParameterServerExchange:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
         return [(server.range, server.address) for server in self._own]
 
+    def awaits(self) -> str:
+        """Which server an answer is waited for from, now; "" for none. From any thread."""
+        server = self._awaited
+        return self._name(server) if server else ""
+
+    def _name(self, server: _Server) -> str:
+        return f"parameter server {server.address} ({self._servers.index(server) + 1} of {len(self._servers)})"
+
     def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
-            layout_digest=self._layout_digest, step=self._step,
+            layout_digest=self._layout_digest, step=self._step, wire_format=self.wire.wire_format,
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
@@ -174,9 +183,8 @@ class ParameterServerExchange:
         return response
 
     def _open_stream(self, server: _Server) -> None:
-        # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
-        exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-        server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
+        requests = self._requests(server, server.outgoing)
+        server.stream = ExchangeStream(server.channel, f"/{SERVICE}/Exchange", requests, server.metadata)
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Push the gradient (sums over this worker's samples), return with the weights after `step` (from 1).
@@ -185,41 +193,47 @@ class ParameterServerExchange:
         """
         began = time.perf_counter()
         self._expires = time.monotonic() + self._timeout_seconds
+        terms = (samples, learning_rate, self._share_of(samples))
         queues = [
-            [_Push(step, start, stop, samples, learning_rate) for start, stop in reversed(server.chunks.items())]
+            [ChunkPush(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())]
             for server in self._own
         ]
         for server, pushes in zip(self._own, queues, strict=True):
             for push in pushes:
                 server.outgoing.put(push)
         for server, pushes in zip(self._own, queues, strict=True):
+            self._awaited = server
             self._receive(server, step, began, pushes)
+        self._awaited = None
         self._step = step
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
 
-    def pull(self, state: bool = True) -> dict[str, Float32]:
+    def pull(self, state: bool = True, publish: bool = False) -> dict[str, Float32]:
         """The weights as `parameters` and, with `state`, the optimizer's arrays as `optimizer.<name>`; all copies.
 
-        Between two steps only.
+        Between two steps only. `publish`: this worker's next step begins with these weights (PullRequest).
         """
+        request = pb.PullRequest(state=state, publish=publish, worker=self._worker, generation=self._generation)
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
+            self._awaited = server
             try:
-                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
+                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, request, arrays)))  # noqa: B023
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, pull: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
+        self._awaited = None
         # Behind the others is only one that came back and has not met its workers again; it does at the next step.
         if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
 
-    def _pull(self, server: _Server, state: bool, arrays: dict[str, Float32]) -> int:
+    def _pull(self, server: _Server, request: pb.PullRequest, arrays: dict[str, Float32]) -> int:
         """Fill in what one server holds; the step its chunks are of."""
         stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
         step = 0
-        for data in stream(pb.PullRequest(state=state), timeout=self._timeout_seconds, metadata=server.metadata):
+        for data in stream(request, timeout=self._timeout_seconds, metadata=server.metadata):
             head, payload = decode(pb.PullResponse, DATA, data)
             array = arrays.setdefault(head.name, np.empty(len(self._parameters), np.float32))
             chunk = as_array(payload)
@@ -235,13 +249,12 @@ class ParameterServerExchange:
             try:
                 return act()
             except grpc.RpcError as error:
-                if not self._return_seconds or not _lost(error):
+                if not self._return_seconds or not lost(error):
                     raise
                 if time.monotonic() + pause > deadline:
-                    index = self._servers.index(server) + 1
                     raise TrainingFault(
-                        f"parameter server {server.address} ({index} of {len(self._servers)}), {when}: it is gone and "
-                        f"did not come back within {self._return_seconds:g} s; its own message is above"
+                        f"{self._name(server)}, {when}: it is gone and did not come back within "
+                        f"{self._return_seconds:g} s; its own message is above"
                     ) from error
             if self._closed.wait(pause):
                 raise TrainingFault(f"parameter server {server.address}, {when}: closed meanwhile")
@@ -256,7 +269,7 @@ class ParameterServerExchange:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
         self.close()
 
     def close(self) -> None:
@@ -264,29 +277,41 @@ class ParameterServerExchange:
         self._closed.set()
         for server in self._servers:
             server.close()
+        if self._watching.ident is not None:
+            self._watching.join(END_SECONDS)
 
-    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
+    def _round_trip(self, server: _Server, size: int) -> None:
+        """Send so many bytes that the server ignores, and wait for its answer."""
+        began = time.perf_counter()
+        request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
+        server.outgoing.put(request.SerializeToString())
+        self._next(server, "join", "its answer to a trial of the network", began)
+
+    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
         yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
         while (push := outgoing.get()) is not None:
+            if isinstance(push, bytes):
+                yield push
+                continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
-                share_samples=self._share_of(push.samples),
+                share_samples=push.share,
             )  # fmt: skip
-            data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
+            data = encode(head, GRADIENT, self.wire.outgoing(push))
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: _Server, step: int, began: float, pushes: list[_Push]) -> None:
+    def _receive(self, server: _Server, step: int, began: float, pushes: list[ChunkPush]) -> None:
         missing = dict(server.chunks)
         while missing:
             what = f"{len(missing)} of {len(server.chunks)} weight chunks"
             try:
                 data: bytes = next(server.stream)
             except (grpc.RpcError, StopIteration) as error:
-                if not self._return_seconds or self._expired or not _lost(error):
+                if not self._return_seconds or self._expired or not lost(error):
                     raise self._fault(server, f"step {step}", what, began, error) from error
                 self._return_to(server, step, pushes)
                 missing = dict(server.chunks)
@@ -294,19 +319,17 @@ class ParameterServerExchange:
             self.received_bytes += len(data)
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, data)
             stop = missing.pop(head.offset, None)
-            if stop is None or head.step != step or len(payload) != 4 * (stop - head.offset):
+            if stop is None or head.step != step or not self.wire.take(head, payload, stop):
                 raise TrainingFault(
                     f"parameter server {server.address}, step {step}: it answered with {len(payload)} bytes at offset "
                     f"{head.offset} of step {head.step}, which was not asked for"
                 )
-            # A plain copy of bytes, which unlike an assignment between arrays does not care about alignment.
-            self._into[4 * head.offset : 4 * stop] = payload
             if head.offset == server.range.start:
                 self.staleness.see(head.staleness)
             if head.totals and head.offset == 0:
                 self._totals[:] = head.totals
 
-    def _return_to(self, server: _Server, step: int, pushes: list[_Push]) -> None:
+    def _return_to(self, server: _Server, step: int, pushes: list[ChunkPush]) -> None:
         """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
         self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
 
@@ -323,12 +346,12 @@ class ParameterServerExchange:
         except (grpc.RpcError, StopIteration) as error:
             raise self._fault(server, f"step {step}", "its return", began, error) from error
         self._expires = time.monotonic() + self._timeout_seconds
-        lost = max(0, response.step - response.restored_step)
+        lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
-        self.steps_lost += lost
+        self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "
-            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost} steps are lost",
+            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost_steps} steps are lost",
             file=sys.stderr,
             flush=True,
         )
@@ -345,7 +368,7 @@ class ParameterServerExchange:
 
     def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
         seconds = time.perf_counter() - began
-        why = "no answer in time" if self._expired else _words(error)
+        why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
             f"parameter server {server.address}, {when}: {why} "
             f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
@@ -356,9 +379,9 @@ class ParameterServerExchange:
         while not self._closed.wait(WATCH_SECONDS):
             if time.monotonic() > self._expires:
                 self._expired = True
-                for server in self._own:
-                    if server.stream is not None:
-                        server.stream.cancel()
+                for stream in [server.stream for server in self._own]:
+                    if stream is not None:
+                        stream.cancel()
                 return
 
 
@@ -373,20 +396,3 @@ def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
         reached = elements.stop
     if reached != count:
         raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")
-
-
-def _lost(error: Exception) -> bool:
-    """Whether the server's process may be gone, which is another thing than a request it refuses."""
-    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def _words(error: Exception) -> str:
-    """What a failed call says, on one line."""
-    if not isinstance(error, grpc.Call):
-        return "it ended the stream"
-    code, details = error.code(), " ".join((error.details() or "").split())
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the connection is lost: {details}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    return details or str(code)
