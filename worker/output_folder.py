@@ -29,7 +29,15 @@ TRAINING_MAY_CHANGE = (
     *("micro_batch", "early_stopping"),
 )
 # A resumed job may name other values for these; everything else decides what the weights become.
-MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": TRAINING_MAY_CHANGE}
+MAY_CHANGE = {
+    "name": None,
+    "priority": None,
+    "labels": None,
+    "workers": None,
+    "limits": None,
+    "sync": None,
+    "training": TRAINING_MAY_CHANGE,
+}
 
 
 def check_outside_run(folder: Path, path: Path, remedy: str) -> None:

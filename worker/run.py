@@ -28,7 +28,7 @@ from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.measurements import Position, from_plain, validation_losses
 from worker.model_file import write_model
-from worker.preparation import Prepared, check_shares, prepare, remark
+from worker.preparation import Prepared, check_shares, check_size, prepare, remark
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync import compression_costs
@@ -66,6 +66,7 @@ def run_job(
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
+    world.agree(lambda: check_size(prepared, os.environ))
     world.agree(lambda: check_shares(prepared, job, world.size))
     shards = job.training.virtual_shards
     if job.training.reproducible and shards < world.size:
