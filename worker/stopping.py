@@ -14,9 +14,14 @@ from protos import job_pb2
 DIVERGED = 1e6  # times the loss of the first step, or times 1: what no training comes back from
 
 
-def has_diverged(loss: float, first_loss: float) -> bool:
-    """Whether training cannot come back from this loss of a step: it is enormous, or not finite."""
-    return not (math.isfinite(loss) and loss <= DIVERGED * max(first_loss, 1.0))
+def bound_of_loss(first_loss: float) -> float:
+    """What a step's loss must not exceed, by that of the first step."""
+    return DIVERGED * max(first_loss, 1.0)
+
+
+def has_diverged(loss: float, bound: float) -> bool:
+    """Whether training cannot come back from this loss of a step: it is beyond the bound, or not finite."""
+    return not (math.isfinite(loss) and loss <= bound)
 
 
 def why_stop(training: job_pb2.Training, losses: tuple[float, ...]) -> str | None:

@@ -51,6 +51,8 @@ from worker.update import make_update
 
 SUM_ELEMENTS = 1 << 15  # added up at a time, so that they stay in cache
 FAULT_BYTES = 2048
+STOP = TOTALS.index("stop")
+REQUESTS = slice(TOTALS.index("report"), len(TOTALS))
 
 
 class ServerExchange:
@@ -75,6 +77,7 @@ class ServerExchange:
         `at_once`: nodes go on at their own pace and meet at the end of each epoch. `wire_format`: None is float32.
         """
         self._at_once, self.in_step = at_once, not at_once
+        self._asked_to_stop = False  # this rank, in its last step
         self.note = note
         self.shard_buffers = shard_buffers
         self.node = node
@@ -112,6 +115,7 @@ class ServerExchange:
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
         began = perf_counter()
+        self._asked_to_stop = bool(self.totals[STOP])
         if self.shard_buffers is not None:
             self.shard_buffers.add(self.totals)
         self._total_segments[self.node.rank][:] = self.totals
@@ -133,7 +137,9 @@ class ServerExchange:
         self._agree(fault)
         self.totals[:] = self._node_totals
         if self._at_once:
-            self.totals[TOTALS.index("report")] = 0  # ranks are not at one step, where all could report
+            self.totals[REQUESTS] = 0  # ranks are not at one step, where all could do the same
+        elif self.lossy:
+            self.totals[REQUESTS][1:] = 0  # the weights a node holds are not quite the servers' before the epoch's end
         statistics = self.statistics
         statistics.exchange_seconds += perf_counter() - began
         statistics.sent_bytes["grpc"] = worker.sent_bytes
@@ -173,6 +179,8 @@ class ServerExchange:
                 held = model_state if self._world.rank == 0 else None
                 model_state[:] = self._world.broadcast_array(held, len(model_state))
             self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
+        if ends_epoch and (self._at_once or self.lossy):
+            self.totals[STOP] = sum(self._world.gather_everywhere(self._asked_to_stop))
         return samples
 
     def gather_state(self) -> dict[str, np.ndarray]:
