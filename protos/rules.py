@@ -296,6 +296,7 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             chosen_option(spec.sync.parameter_server.mode) not in (None, "synchronous"),
             "applies gradients in the order in which they come",
         ),
+        "sync.parameter_server.guests": (spec.sync.parameter_server.guests, "shares a batch with whoever comes"),
     }
     for place, (given, why) in in_the_way.items():
         if given:

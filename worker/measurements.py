@@ -129,13 +129,15 @@ def make_report(
 
 def rank_report(rank: int, host: str, statistics: ExchangeStatistics, checkpoint_time: float | None) -> dict[str, Any]:
     """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
-    report = {
+    report: dict[str, Any] = {
         "rank": rank,
         "host": host,
         "exchange_wait_seconds": statistics.wait_seconds,
         "sent_bytes": statistics.sent_bytes,
         "received_bytes": statistics.received_bytes,
     }
+    if statistics.servers is not None:
+        report |= statistics.servers._asdict()
     return report if checkpoint_time is None else report | {"checkpoint_time": checkpoint_time}
 
 

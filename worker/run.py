@@ -85,6 +85,10 @@ def run_job(
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
+    token_file: Path | None = None
+    if exchange.invitation is not None and world.rank == 0:
+        token_file = output_folder.write_guest_token(folder, exchange.invitation.token)
+        say(f"guests: paceline-worker join {exchange.invitation.address} --token-file {token_file}")
     if remarkable := remark(prepared, job):
         say(remarkable)
 
@@ -140,6 +144,8 @@ def run_job(
             reporter.close()
         if client:
             client.close()
+        if token_file:
+            token_file.unlink(missing_ok=True)
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
 

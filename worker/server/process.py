@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from protos import environment, job_pb2
+from protos.job_file import to_yaml
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.modes import mode_of
 from worker.server.pushes import ShardSetup
@@ -32,6 +33,7 @@ from worker.wire import keep_freed_memory
 
 START_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 5.0
+LEASES_IN_A_STALL = 4  # a guest that is gone is to cost less time than what ends a job
 _READY = "listening "
 _MPI_ENVIRONMENT = ("OMPI_", "PMIX_", "PRTE_")
 # As `python -m worker` without the current folder on the path, where a person may keep a worker.py.
@@ -89,6 +91,8 @@ def load_shard(
         mode=mode_of(spec.sync.parameter_server),
         decayed=tuple(start.decayed),
         clip_norm=spec.training.clip_norm,
+        guests=spec.sync.parameter_server.guests,
+        lease_seconds=spec.limits.stall_seconds / LEASES_IN_A_STALL,
         virtual_shards=spec.training.virtual_shards if spec.training.reproducible else 0,
     )
     return Shard(setup, optimizer, start.parameters, state, start.step)
@@ -119,19 +123,19 @@ def serve_parameters(
     keeper = Snapshots(shard, start_file, every_steps) if snapshots else None
     # A rank reports what overflows, by step; here it would be a second voice.
     with np.errstate(over="ignore", invalid="ignore"):
-        asyncio.run(_serve(shard, token, listen, keeper))
+        asyncio.run(_serve(shard, token, listen, keeper, to_yaml(spec)))
     if snapshots:
         start_file.unlink(missing_ok=True)  # whoever would have started it again is gone or needs it no more
 
 
-async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | None) -> None:
+async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | None, job: str) -> None:
     from worker.server.service import ParameterServer
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
-    server = ParameterServer(shard, token, snapshots)
+    server = ParameterServer(shard, token, snapshots, job)
     try:
         port = await server.start(listen)
     except RuntimeError as error:

@@ -5,12 +5,14 @@ stream is one task that writes answers and one that reads pushes; measured besid
 is the same.
 
 Rules: every call shows the job's token. A stream that ends before its worker has left ends the step for all workers,
-with a status that names it. A chunk's answer is serialized once for all workers.
+with a status that names it; a guest's ends nothing but its part in the job. A chunk's answer is serialized once for all
+workers.
 """
 
 import asyncio
 import contextlib
 import hmac
+import sys
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, NamedTuple, TypeAlias
 
@@ -18,7 +20,8 @@ import grpc
 from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
-from worker.server.pushes import Answer, Conflict, Push, Refused
+from worker.server.broadcast import Broadcaster
+from worker.server.pushes import NO_GUESTS, Answer, Conflict, Push, Refused
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode
@@ -33,6 +36,7 @@ MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
 # Without this a second server on the same port would get half of the first one's connections.
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)
 TICK_SECONDS = 0.1
+NOTHING = pb.ExchangeResponse().SerializeToString()  # the answer to a request without a push
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -54,8 +58,13 @@ def status_of(refusal: Refused) -> grpc.StatusCode:
 class ParameterServer:
     """A gRPC server around one shard."""
 
-    def __init__(self, shard: Shard, token: str, snapshots: Snapshots | None = None) -> None:
+    def __init__(self, shard: Shard, token: str, snapshots: Snapshots | None = None, job: str = "") -> None:
+        """`job`: the text of the job file as resolved, for guests."""
         self._shard = shard
+        self._job = job
+        self._addresses: list[str] = []  # as the founding workers have told
+        self._ranks = 0
+        self._broadcaster = Broadcaster(shard)
         self._snapshots = snapshots
         self._all_joined = asyncio.Event()  # of a shard that is back from a snapshot
         self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
@@ -76,6 +85,7 @@ class ParameterServer:
         """Let calls under way finish within the grace, then cut them."""
         if self._ticker is not None:
             self._ticker.cancel()
+        self._broadcaster.end()
         self._end_all(End(grpc.StatusCode.UNAVAILABLE, "the parameter server is stopping"))
         if self._snapshots:
             await self._snapshots.close()
@@ -83,6 +93,9 @@ class ParameterServer:
 
     def _handlers(self) -> "dict[str, grpc.RpcMethodHandler[Any, Any]]":
         return {
+            "Describe": grpc.unary_unary_rpc_method_handler(
+                self._describe, pb.DescribeRequest.FromString, pb.DescribeResponse.SerializeToString
+            ),
             "Join": grpc.unary_unary_rpc_method_handler(
                 self._join, pb.JoinRequest.FromString, pb.JoinResponse.SerializeToString
             ),
@@ -92,12 +105,22 @@ class ParameterServer:
             "Leave": grpc.unary_unary_rpc_method_handler(
                 self._leave, pb.LeaveRequest.FromString, pb.LeaveResponse.SerializeToString
             ),
+            "Broadcast": grpc.unary_stream_rpc_method_handler(self._broadcast, pb.BroadcastRequest.FromString),
         }
 
     async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         shard = self._shard
+        guest = not shard.members.is_founding(request.worker)
+        if guest and shard.setup.guests:
+            await self._founders()
+        terms = request.generation, request.parameter_count, request.layout_digest, request.step
+        number = request.worker
         try:
-            shard.join(request.worker, request.generation, request.parameter_count, request.layout_digest, request.step)
+            if guest:
+                number = shard.welcome(number, *terms, _now())
+            else:
+                shard.join(number, *terms)
+                self._addresses, self._ranks = list(request.addresses) or self._addresses, request.ranks
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
         if not shard.awaits_workers:
@@ -107,14 +130,39 @@ class ParameterServer:
         return pb.JoinResponse(
             chunk_elements=setup.chunk_elements, step=shard.step, start=setup.start, stop=setup.stop,
             restored_step=shard.restored_step if setup.restored else shard.step,
+            worker=number, lease_seconds=setup.lease_seconds if guest else 0,
         )  # fmt: skip
+
+    async def _founders(self) -> None:
+        """Wait until guests may come, until the caller's deadline at the latest."""
+        while self._shard.awaits_founders and self._shard.fault is None:
+            await asyncio.sleep(TICK_SECONDS)
+
+    async def _describe(self, _request: pb.DescribeRequest, context: Context) -> pb.DescribeResponse:
+        shard = self._shard
+        if not shard.setup.guests:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_GUESTS)
+        while not self._addresses:  # the founding workers are about to tell
+            await asyncio.sleep(TICK_SECONDS)
+        return pb.DescribeResponse(
+            job=self._job, generation=shard.setup.generation, addresses=self._addresses, ranks=self._ranks,
+            step=shard.step,
+        )  # fmt: skip
+
+    async def _broadcast(self, request: pb.BroadcastRequest, context: Context) -> AsyncIterator[bytes]:
+        if not self._shard.setup.guests:
+            await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_GUESTS)
+        async for data in self._broadcaster.follow(max(1, request.every_steps)):
+            yield data
+        if self._shard.fault is not None:
+            await context.abort(grpc.StatusCode.ABORTED, self._shard.fault)
 
     async def _leave(self, request: pb.LeaveRequest, context: Context) -> pb.LeaveResponse:
         try:
             self._send(self._shard.leave(request.worker, request.generation))
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
-        self._spread_fault()
+        self._spread_news()
         return pb.LeaveResponse()
 
     async def _pull(self, request: pb.PullRequest, context: Context) -> AsyncIterator[bytes]:
@@ -174,16 +222,15 @@ class ParameterServer:
             answers.put_nowait(End(grpc.StatusCode.OK, ""))
             if worker is not None:
                 del self._streams[worker]
-                self._shard.lose(worker, why)
-                self._spread_fault()
+                self._send(self._shard.lose(worker, why))
+                self._spread_news()
 
     def _tie(self, head: pb.ExchangeRequest, answers: "asyncio.Queue[bytes | End]") -> int:
         """Make this the stream of the worker that its first message names."""
-        self._shard.check_member(head.worker, head.generation)
+        self._shard.members.check(head.worker, head.generation)
         if head.worker in self._streams:
             raise Conflict(f"worker {head.worker} has a stream already: two processes have the same number")
-        if self._shard.fault is not None:
-            raise Conflict(self._shard.fault)
+        self._shard.open(head.worker, head.generation, _now())
         self._streams[head.worker] = answers
         return head.worker
 
@@ -191,26 +238,30 @@ class ParameterServer:
         if head.worker != worker:
             raise Refused(f"worker {head.worker} pushed on the stream of worker {worker}")
         if head.step == 0 and not payload:
-            self._streams[worker].put_nowait(pb.ExchangeResponse().SerializeToString())
+            self._shard.hear(worker, _now())
+            self._streams[worker].put_nowait(NOTHING)
             return
         if len(payload) % 4:
             raise Refused(f"worker {worker}, step {head.step}, offset {head.offset}: {len(payload)} bytes of float32")
         gradient = as_array(payload)
         push = Push(
             head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
-            tuple(head.totals), head.share_samples,
+            tuple(head.totals), head.share_samples, tuple(head.guests),
         )  # fmt: skip
-        self._send(self._shard.receive(push, asyncio.get_running_loop().time()))
+        self._send(self._shard.receive(push, _now()))
 
     def _send(self, answers: list[Answer]) -> None:
         for answer in answers:
             reply = pb.ExchangeResponse(
-                step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness
-            )
+                step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness,
+                guests=answer.guests, samples=answer.samples,
+            )  # fmt: skip
             data = encode(reply, WEIGHTS, answer.weights)
             for waiting in answer.workers:
                 if waiting in self._streams:
                     self._streams[waiting].put_nowait(data)
+        if answers:
+            self._broadcaster.see()
         if self._snapshots:
             self._snapshots.see()
 
@@ -218,16 +269,32 @@ class ParameterServer:
         """Show the shard the clock."""
         while True:
             await asyncio.sleep(TICK_SECONDS)
-            self._shard.expire(asyncio.get_running_loop().time())
-            self._spread_fault()
+            self._send(self._shard.expire(_now()))
+            self._spread_news()
 
-    def _spread_fault(self) -> None:
+    def _spread_news(self) -> None:
+        """End the streams of guests that were dropped, and all streams once the job is over or has a fault."""
+        for news in self._shard.take_news():
+            if self._shard.setup.start == 0:  # the authority speaks for all shards
+                print(f"parameter server: {news.line}", file=sys.stderr, flush=True)
+            if news.dropped in self._streams:
+                self._streams[news.dropped].put_nowait(
+                    End(grpc.StatusCode.FAILED_PRECONDITION, f"{news.line}; join again")
+                )
         if self._shard.fault is not None:
+            self._broadcaster.end()
             self._end_all(End(grpc.StatusCode.ABORTED, self._shard.fault))
+        elif self._shard.members.over:
+            self._broadcaster.end()
+            self._end_all(End(grpc.StatusCode.OK, ""))
 
     def _end_all(self, end: End) -> None:
         for answers in self._streams.values():
             answers.put_nowait(end)
+
+
+def _now() -> float:
+    return asyncio.get_running_loop().time()
 
 
 class _TokenCheck(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]

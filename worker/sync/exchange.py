@@ -7,7 +7,7 @@ server, or replicas that meet now and then) is chosen here, from `sync` in the j
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -30,6 +30,13 @@ from worker.update import make_update
 TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
 
 
+class Invitation(NamedTuple):
+    """Where guests ask to take part, and what they show."""
+
+    address: str
+    token: str
+
+
 class Exchange(Protocol):
     """What the training loop knows of any exchange."""
 
@@ -40,6 +47,8 @@ class Exchange(Protocol):
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
     finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
+    guests: int  # workers beside the ranks that the next batch is shared with
+    invitation: Invitation | None  # what guests need to come
     shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:

@@ -16,78 +16,28 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
 import numpy as np
-from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
+from worker.sync.server_connection import SERVICE, Push, Server, lost, queued, words
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
-SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
 GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
 WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
 DATA = pb.PullResponse.DATA_FIELD_NUMBER
-MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
 FIRST_RETRY_SECONDS = 0.05
 LAST_RETRY_SECONDS = 1.0  # between two attempts, which begin at the first and double
 
-R = TypeVar("R", bound=Message)
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class _Push:
-    """A chunk on its way out; the gradient is read when gRPC's thread takes it."""
-
-    step: int
-    start: int
-    stop: int
-    samples: int
-    learning_rate: float
-
-
-class _Server:
-    """One shard: its channel, its range of the vector, its stream."""
-
-    def __init__(self, address: str, token: str) -> None:
-        self.address = address
-        self.metadata = (("authorization", f"Bearer {token}"),)
-        self.range = range(0)
-        self.chunks: dict[int, int] = {}  # start -> stop
-        self.stream: Any = None  # the call object of the Exchange stream
-        self._connect()
-
-    def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
-        self.outgoing: queue.SimpleQueue[_Push | None] = queue.SimpleQueue()
-
-    def reconnect(self) -> None:
-        """A channel and a queue anew; nothing of the old stream is sent."""
-        self.close()
-        self._connect()
-
-    def close(self) -> None:
-        """End the stream and the channel."""
-        self.outgoing.put(None)
-        self.channel.close()
-
-    def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
-        caller = self.channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        answer: R = caller(request, timeout=timeout_seconds, metadata=self.metadata)
-        return answer
 
 
 class ParameterServerExchange:
@@ -97,7 +47,8 @@ class ParameterServerExchange:
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
-        pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int], int] | None = None,
+        pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int, int], int] | None = None,
+        ranks: int = 0,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -108,7 +59,9 @@ class ParameterServerExchange:
             return_seconds: how long a server that is gone may take to come back.
             pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
                 out in the place of `gradient` and `totals`.
-            share_of: from the samples of a batch to how many of them this worker computes; None: an equal share.
+            share_of: from the samples of a batch, and how many guests share in it, to how many of them this worker
+                computes; None: an equal share.
+            ranks: those that mpirun started; guests are told.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -118,15 +71,19 @@ class ParameterServerExchange:
         self.staleness = Staleness()  # of this worker's pushes
         self._step = 0  # the last one done
         self._return_seconds = return_seconds
+        self.workers = workers  # founding ones
         self._worker, self._workers, self._generation = worker, workers, generation
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
         self._gradient, self._pushed_totals = pushed or (gradient, totals)
         self._into = parameters.data.cast("B")
         self._timeout_seconds = timeout_seconds
-        self._servers = [_Server(address, token) for address in addresses]
+        self._servers = [Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
-        self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
+        self._share_of = share_of or (lambda samples, guests: samples_of([worker], samples, workers + guests))
+        self._ranks = ranks
+        self.guests: tuple[int, ...] = ()  # that the next batch is to be cut for, as the shard of element 0 tells
+        self.samples = 0  # that the totals of the last step are of, as it tells
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._closed = threading.Event()
@@ -143,7 +100,7 @@ class ParameterServerExchange:
             try:
                 steps.add(self._join(server, JOIN_TIMEOUT_SECONDS).step)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, join: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, join: {words(error)}") from error
         if len(self._own) == len(self._servers):
             check_ranges([(server.range, server.address) for server in self._own], len(self._parameters))
         if len(steps) > 1:
@@ -163,17 +120,18 @@ class ParameterServerExchange:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
         return [(server.range, server.address) for server in self._own]
 
-    def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
+    def _join(self, server: Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
-            layout_digest=self._layout_digest, step=self._step,
+            layout_digest=self._layout_digest, step=self._step, ranks=self._ranks,
+            addresses=[other.address for other in self._servers],
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
         server.chunks = dict(chunk_bounds(response.start, response.stop, response.chunk_elements))
         return response
 
-    def _open_stream(self, server: _Server) -> None:
+    def _open_stream(self, server: Server) -> None:
         # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
         exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
         server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
@@ -185,9 +143,9 @@ class ParameterServerExchange:
         """
         began = time.perf_counter()
         self._expires = time.monotonic() + self._timeout_seconds
+        terms = samples, learning_rate, self._share_of(samples, len(self.guests)), self.guests
         queues = [
-            [_Push(step, start, stop, samples, learning_rate) for start, stop in reversed(server.chunks.items())]
-            for server in self._own
+            [Push(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())] for server in self._own
         ]
         for server, pushes in zip(self._own, queues, strict=True):
             for push in pushes:
@@ -209,13 +167,13 @@ class ParameterServerExchange:
             try:
                 steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, pull: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
         # Behind the others is only one that came back and has not met its workers again; it does at the next step.
         if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
 
-    def _pull(self, server: _Server, state: bool, arrays: dict[str, Float32]) -> int:
+    def _pull(self, server: Server, state: bool, arrays: dict[str, Float32]) -> int:
         """Fill in what one server holds; the step its chunks are of."""
         stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
         step = 0
@@ -227,7 +185,7 @@ class ParameterServerExchange:
             step = head.step
         return step
 
-    def _with_retries(self, server: _Server, when: str, act: Callable[[], T]) -> T:
+    def _with_retries(self, server: Server, when: str, act: Callable[[], T]) -> T:
         """`act`, again and again while the server cannot be reached, until `return_seconds` have passed."""
         deadline = time.monotonic() + self._return_seconds
         pause = FIRST_RETRY_SECONDS
@@ -235,7 +193,7 @@ class ParameterServerExchange:
             try:
                 return act()
             except grpc.RpcError as error:
-                if not self._return_seconds or not _lost(error):
+                if not self._return_seconds or not lost(error):
                     raise
                 if time.monotonic() + pause > deadline:
                     index = self._servers.index(server) + 1
@@ -256,7 +214,7 @@ class ParameterServerExchange:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {_words(error)}") from error
+                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
         self.close()
 
     def close(self) -> None:
@@ -265,34 +223,41 @@ class ParameterServerExchange:
         for server in self._servers:
             server.close()
 
-    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[_Push | None]") -> Iterator[bytes]:
+    def _requests(self, server: Server, outgoing: "queue.SimpleQueue[Push | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
-        yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
-        while (push := outgoing.get()) is not None:
+        nothing = pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
+        yield nothing
+        for push in queued(outgoing, server.heard_every):
+            if push is None:
+                yield nothing
+                continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
-                share_samples=self._share_of(push.samples),
+                share_samples=push.share, guests=push.guests,
             )  # fmt: skip
             data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: _Server, step: int, began: float, pushes: list[_Push]) -> None:
+    def _receive(self, server: Server, step: int, began: float, pushes: list[Push]) -> None:
         missing = dict(server.chunks)
         while missing:
             what = f"{len(missing)} of {len(server.chunks)} weight chunks"
             try:
                 data: bytes = next(server.stream)
             except (grpc.RpcError, StopIteration) as error:
-                if not self._return_seconds or self._expired or not _lost(error):
+                if not self._return_seconds or self._expired or not lost(error):
                     raise self._fault(server, f"step {step}", what, began, error) from error
                 self._return_to(server, step, pushes)
                 missing = dict(server.chunks)
                 continue
             self.received_bytes += len(data)
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, data)
+            if head.step == 0:  # the server lives, and has heard that this guest does
+                self._expires = time.monotonic() + self._timeout_seconds
+                continue
             stop = missing.pop(head.offset, None)
             if stop is None or head.step != step or len(payload) != 4 * (stop - head.offset):
                 raise TrainingFault(
@@ -303,10 +268,12 @@ class ParameterServerExchange:
             self._into[4 * head.offset : 4 * stop] = payload
             if head.offset == server.range.start:
                 self.staleness.see(head.staleness)
-            if head.totals and head.offset == 0:
-                self._totals[:] = head.totals
+            if head.offset == 0:
+                self.guests, self.samples = tuple(head.guests), head.samples
+                if head.totals:
+                    self._totals[:] = head.totals
 
-    def _return_to(self, server: _Server, step: int, pushes: list[_Push]) -> None:
+    def _return_to(self, server: Server, step: int, pushes: list[Push]) -> None:
         """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
         self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
 
@@ -335,7 +302,7 @@ class ParameterServerExchange:
         for push in pushes:
             server.outgoing.put(push)
 
-    def _next(self, server: _Server, when: str, what: str, began: float) -> bytes:
+    def _next(self, server: Server, when: str, what: str, began: float) -> bytes:
         """The stream's next message, or a fault that says what was waited for since `began`."""
         try:
             data: bytes = next(server.stream)
@@ -343,9 +310,9 @@ class ParameterServerExchange:
             raise self._fault(server, when, what, began, error) from error
         return data
 
-    def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
+    def _fault(self, server: Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
         seconds = time.perf_counter() - began
-        why = "no answer in time" if self._expired else _words(error)
+        why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
             f"parameter server {server.address}, {when}: {why} "
             f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
@@ -373,20 +340,3 @@ def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
         reached = elements.stop
     if reached != count:
         raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")
-
-
-def _lost(error: Exception) -> bool:
-    """Whether the server's process may be gone, which is another thing than a request it refuses."""
-    return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
-
-
-def _words(error: Exception) -> str:
-    """What a failed call says, on one line."""
-    if not isinstance(error, grpc.Call):
-        return "it ended the stream"
-    code, details = error.code(), " ".join((error.details() or "").split())
-    if code is grpc.StatusCode.UNAVAILABLE:
-        return f"the connection is lost: {details}"
-    if code is grpc.StatusCode.DEADLINE_EXCEEDED:
-        return "no answer in time"
-    return details or str(code)

@@ -6,7 +6,8 @@ only copy; fence. So what travels does not grow with the ranks of a node, and se
 ranks. Server k is started, and kept alive, by the lowest rank of node k (modulo the nodes).
 
 Rules: a rank's fault is told to its node behind the last fence, so that all leave together. Where the servers cut the
-vector changes no bit of the result.
+vector changes no bit of the result. Guests, which no mpirun has started, share the batches behind the ranks; how many
+they are is told to the ranks of a node through shared memory, so that all cut alike.
 """
 
 from __future__ import annotations
@@ -30,16 +31,17 @@ from worker.errors import TrainingFault, UsageFault
 from worker.initial_weights import InitialWeights
 from worker.server.modes import mode_of
 from worker.server.process import Part
+from worker.server.pushes import MOST_GUESTS
 from worker.server.supervision import SupervisedServer
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
 from worker.sync.between_nodes import sum_in_order
-from worker.sync.exchange import TOTALS, share_state
-from worker.sync.host_address import address_for_peers
+from worker.sync.exchange import TOTALS, Invitation, share_state
+from worker.sync.host_address import LOOPBACK, address_for_peers, own_addresses
 from worker.sync.node import Node
 from worker.sync.parameter_server import ParameterServerExchange, check_ranges
 from worker.sync.reduction import Reduction
 from worker.sync.reproducible import ShardBuffers, make_shard_buffers
-from worker.sync.statistics import ExchangeStatistics
+from worker.sync.statistics import ExchangeStatistics, ServerCounts
 from worker.sync.world import World
 from worker.update import make_update
 
@@ -51,6 +53,8 @@ class ServerExchange:
     """The exchange of one rank with the servers; arrays as in Exchange."""
 
     finished: Finished | None = None
+    guests = 0
+    invitation: Invitation | None = None
 
     def __init__(
         self,
@@ -79,6 +83,9 @@ class ServerExchange:
         self._node_totals = node.shared(total_count, np.float64)
         self._faults = node.segments(FAULT_BYTES, np.uint8)  # UTF-8, zeros behind it
         self._counts = node.segments(3, np.int64)  # restarts, steps lost, bytes pushed
+        # By rank 0 of the node, who pushes element 0: samples of the step, how many guests the next has, their numbers.
+        self._told = node.shared(2 + MOST_GUESTS, np.int64)
+        self._seen_guests: set[int] = set()
         self._slice = slice_bounds(count, node.size)[node.rank]
         self._world = world
         self._servers: list[SupervisedServer] = []
@@ -104,13 +111,20 @@ class ServerExchange:
         self._sum_up()
         self._fence()
         fault: TrainingFault | None = None
+        worker = self._worker
         try:
-            self._worker.step(step, samples, learning_rate)
+            worker.step(step, samples, learning_rate)
         except TrainingFault as found:
             fault = found
-        worker = self._worker
+        told = self._told
+        if self.node.rank == 0:
+            told[:2] = worker.samples, len(worker.guests)
+            told[2 : 2 + len(worker.guests)] = worker.guests
         self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
         self._agree(fault)
+        self.guests = int(told[1])
+        worker.guests = tuple(told[2 : 2 + self.guests].tolist())
+        self._seen_guests.update(worker.guests)
         self.totals[:] = self._node_totals
         if self._at_once:
             self.totals[TOTALS.index("report")] = 0  # ranks are not at one step, where all could report
@@ -118,6 +132,9 @@ class ServerExchange:
         statistics.exchange_seconds += perf_counter() - began
         statistics.sent_bytes["grpc"] = worker.sent_bytes
         statistics.received_bytes["grpc"] = worker.received_bytes
+        if self._world.rank == 0:
+            restarts, lost, _ = np.sum(self._counts, axis=0).tolist()
+            statistics.servers = ServerCounts(restarts, lost, worker.workers + self.guests)
 
     def facts(self) -> dict[str, Any]:
         """As in Exchange: how many servers there were, what their deaths cost and what rank 0's node pushed."""
@@ -125,6 +142,8 @@ class ServerExchange:
         facts: dict[str, Any] = {
             "servers": self._shard_count, "shard_restarts": restarts, "steps_lost": lost, "node_pushed_bytes": pushed
         }  # fmt: skip
+        if self.invitation:
+            facts["guests"] = len(self._seen_guests)
         if self._at_once:
             stale = self._worker.staleness
             mean = stale.total_steps / stale.pushes if stale.pushes else 0.0
@@ -132,7 +151,7 @@ class ServerExchange:
         return facts
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step; where nodes go at their own pace, they meet at the epoch's end."""
+        """As in Exchange: all ranks met in the step, and may have lost a guest's samples; where nodes go at their own pace, they meet at the epoch's end."""
         if self._at_once and ends_epoch:
             self._world.agree(lambda: None)  # everybody's pushes are applied
             self._pull_into_node("parameters", state=False)
@@ -140,7 +159,7 @@ class ServerExchange:
                 held = model_state if self._world.rank == 0 else None
                 model_state[:] = self._world.broadcast_array(held, len(model_state))
             self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
-        return samples
+        return samples if self._at_once else int(self._told[0])
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the servers."""
@@ -234,6 +253,7 @@ def open_server_exchange(
     parts = shard_parts(count, asked)
     optimizer = make_update(job)
     world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
+    world.agree(lambda: _check_guests(job, model))
     buffers, at_once = None, mode_of(job.sync.parameter_server).at_once
     if at_once and world.node_comm.Get_size() == world.size:
         world.split_nodes_into_ranks()  # a machine alone has no other node to be ahead of
@@ -268,6 +288,8 @@ def open_server_exchange(
     } if resume else {}  # fmt: skip
     step: int = world.broadcast(resumed.step if resumed else 0)
     host = address_for_peers(world)
+    if job.sync.parameter_server.guests and host == LOOPBACK:
+        host = next(iter(own_addresses()), LOOPBACK)
     generation = int(os.environ.get(environment.JOB_ATTEMPT, "1"))
     token: str = world.broadcast(secrets.token_urlsafe(32) if world.rank == 0 else None)
     decayed = decayed_ranges(model.slots, 0, count)
@@ -291,17 +313,28 @@ def open_server_exchange(
         addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
         *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
         pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
-        pushed=buffers.pushed() if buffers else None, share_of=lambda samples: samples_of(ranks, samples, world.size),
+        pushed=buffers.pushed() if buffers else None, share_of=lambda samples, guests: samples_of(ranks, samples, world.size + guests),
+        ranks=world.size,
     )  # fmt: skip
     world.agree(worker.join)
     held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]
     world.agree(lambda: check_ranges(held, count))
     exchange.use(worker, servers, len(parts))
+    if job.sync.parameter_server.guests:
+        exchange.invitation = Invitation(addresses[0], token)
     return exchange
 
 
 def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]:
     return [((elements.start, elements.stop), address) for elements, address in worker.held]
+
+
+def _check_guests(job: job_pb2.JobSpec, model: Model) -> None:
+    if job.sync.parameter_server.guests and model.state_count:
+        raise UsageFault(
+            "sync.parameter_server.guests: true beside a layer with running statistics (batch_norm), which guests would "
+            "not know: take layer_norm, or no guests"
+        )
 
 
 def _check_one_shard(shards: int, job: job_pb2.JobSpec, has_trust_ratios: bool) -> None:
