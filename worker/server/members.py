@@ -30,7 +30,7 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from worker.server.pushes import MOST_GUESTS, Conflict, Refused, ShardSetup
+from worker.server.pushes import MOST_GUESTS, Apart, Conflict, Refused, ShardSetup
 
 JOINING_SECONDS = 30.0  # from a guest's join to its stream
 
@@ -101,19 +101,19 @@ class Members:
         if worker in self._founding or worker in self.guests:
             return
         if worker in self._gone:
-            raise Conflict(self._gone[worker])
+            raise Apart(self._gone[worker])
         raise Refused(f"worker {worker} does not exist: there are {len(self._founding)}, counted from 0")
 
     def welcome(self, number: int, step: int, now: float) -> int:
         """Take in a guest, by the number that the authority gave it; -1 where this is the authority."""
         if len(self.guests) >= MOST_GUESTS:
-            raise Conflict(f"the job has {MOST_GUESTS} guests already: join again later")
+            raise Apart(f"the job has {MOST_GUESTS} guests already: join again later")
         if number == -1:
             number = self._next
         elif number in self._founding or number < 0:
             raise Refused(f"guest {number} cannot be: numbers below {len(self._founding)} are the founding workers'")
         elif number in self.guests:
-            raise Conflict(f"guest {number} is here already: join again")
+            raise Apart(f"guest {number} is here already: join again")
         self._next = max(self._next, number + 1)
         self._gone.pop(number, None)
         self.guests[number] = Guest(step, now)
@@ -139,9 +139,14 @@ class Members:
                 found.append((number, f"it was silent for {now - guest.heard:.1f} s"))
         return found
 
+    @property
+    def staying(self) -> tuple[int, ...]:
+        """Of those the ones that have not said that they leave."""
+        return tuple(number for number in self.present if not self.guests[number].leaving)
+
     def of_step(self, step: int) -> tuple[int, ...]:
-        """The guests that may take part in it, in the order of their places."""
-        return tuple(number for number in self.present if self._takes_part(self.guests[number], step))
+        """The guests that a synchronous step's batch is cut for, in the order of their places."""
+        return tuple(number for number in self.staying if (self.guests[number].first_step or 0) <= step)
 
     def waited_for(self, named: Collection[int]) -> set[int]:
         """Whose pushes a synchronous chunk needs, when these guests were named."""
@@ -161,7 +166,3 @@ class Members:
         self.guests.pop(number, None)
         self._gone[number] = f"guest {number} left before step {step}; join again"
         self.news.append(News(f"guest {number} has left before step {step}"))
-
-    @staticmethod
-    def _takes_part(guest: Guest, step: int) -> bool:
-        return guest.first_step is not None and guest.first_step <= step and not guest.leaving

@@ -69,5 +69,9 @@ class Refused(Exception):
     """The request is wrong in itself; the shard is as it was before."""
 
 
+class Apart(Refused):
+    """The guest is not here: it was dropped, has left, or cannot be taken in now. It may join again."""
+
+
 class Conflict(Refused):
     """The request does not fit the shard's model, generation or step; the shard is as it was before."""

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
 from worker.server.broadcast import Broadcaster
-from worker.server.pushes import NO_GUESTS, Answer, Conflict, Push, Refused
+from worker.server.pushes import NO_GUESTS, Answer, Apart, Conflict, Push, Refused
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode
@@ -35,6 +35,8 @@ DATA = pb.PullResponse.DATA_FIELD_NUMBER
 MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
 # Without this a second server on the same port would get half of the first one's connections.
 EXCLUSIVE_PORT = ("grpc.so_reuseport", 0)
+# Followers ask now and then whether the server lives, though nothing is sent.
+PINGS = ("grpc.http2.min_ping_interval_without_data_ms", 5000)
 TICK_SECONDS = 0.1
 NOTHING = pb.ExchangeResponse().SerializeToString()  # the answer to a request without a push
 
@@ -50,6 +52,8 @@ class End(NamedTuple):
 
 def status_of(refusal: Refused) -> grpc.StatusCode:
     """The gRPC status for a request that the shard refuses."""
+    if isinstance(refusal, Apart):
+        return grpc.StatusCode.NOT_FOUND
     if isinstance(refusal, Conflict):
         return grpc.StatusCode.FAILED_PRECONDITION
     return grpc.StatusCode.INVALID_ARGUMENT
@@ -69,7 +73,7 @@ class ParameterServer:
         self._all_joined = asyncio.Event()  # of a shard that is back from a snapshot
         self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
         self._server = grpc.aio.server(
-            interceptors=(_TokenCheck(token),), options=(MESSAGE_LIMIT, EXCLUSIVE_PORT)
+            interceptors=(_TokenCheck(token),), options=(MESSAGE_LIMIT, EXCLUSIVE_PORT, PINGS)
         )  # fmt: skip
         self._server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(SERVICE, self._handlers()),))
         self._ticker: asyncio.Task[None] | None = None
@@ -110,7 +114,7 @@ class ParameterServer:
 
     async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
         shard = self._shard
-        guest = not shard.members.is_founding(request.worker)
+        guest = request.worker == -1 or (shard.setup.guests and not shard.members.is_founding(request.worker))
         if guest and shard.setup.guests:
             await self._founders()
         terms = request.generation, request.parameter_count, request.layout_digest, request.step
@@ -278,9 +282,7 @@ class ParameterServer:
             if self._shard.setup.start == 0:  # the authority speaks for all shards
                 print(f"parameter server: {news.line}", file=sys.stderr, flush=True)
             if news.dropped in self._streams:
-                self._streams[news.dropped].put_nowait(
-                    End(grpc.StatusCode.FAILED_PRECONDITION, f"{news.line}; join again")
-                )
+                self._streams[news.dropped].put_nowait(End(grpc.StatusCode.NOT_FOUND, f"{news.line}; join again"))
         if self._shard.fault is not None:
             self._broadcaster.end()
             self._end_all(End(grpc.StatusCode.ABORTED, self._shard.fault))

@@ -47,9 +47,15 @@ class Exchange(Protocol):
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
     finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
-    guests: int  # workers beside the ranks that the next batch is shared with
-    invitation: Invitation | None  # what guests need to come
     shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
+
+    @property
+    def guests(self) -> int:
+        """Workers beside the ranks that the next batch is shared with."""
+
+    @property
+    def invitation(self) -> Invitation | None:
+        """What guests need to come; None where none may."""
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""

@@ -72,7 +72,8 @@ class ParameterServerExchange:
         self._step = 0  # the last one done
         self._return_seconds = return_seconds
         self.workers = workers  # founding ones
-        self._worker, self._workers, self._generation = worker, workers, generation
+        self._worker, self._generation = worker, generation
+        self._name = f"worker {worker} of {workers}"
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
         self._gradient, self._pushed_totals = pushed or (gradient, totals)
@@ -93,8 +94,7 @@ class ParameterServerExchange:
 
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
-        keep_freed_memory()
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
+        self._begin()
         steps = set()
         for server in self._own:
             try:
@@ -114,6 +114,10 @@ class ParameterServerExchange:
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
+
+    def _begin(self) -> None:
+        keep_freed_memory()
+        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
 
     @property
     def held(self) -> list[tuple[range, str]]:
@@ -314,8 +318,7 @@ class ParameterServerExchange:
         seconds = time.perf_counter() - began
         why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
-            f"parameter server {server.address}, {when}: {why} "
-            f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
+            f"parameter server {server.address}, {when}: {why} ({self._name} waited {seconds:.1f} s for {what})"
         )
 
     def _watch(self) -> None:

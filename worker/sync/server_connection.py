@@ -1,7 +1,7 @@
 """One shard of the parameter servers as a worker sees it: its channel, its range of the vector, its stream."""
 
 import queue
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -32,7 +32,8 @@ class Push:
 class Server:
     """One shard: its channel, its range of the vector, its stream."""
 
-    def __init__(self, address: str, token: str) -> None:
+    def __init__(self, address: str, token: str, options: Sequence[tuple[str, int]] = ()) -> None:
+        self._options = (MESSAGE_LIMIT, *options)
         self.address = address
         self.metadata = (("authorization", f"Bearer {token}"),)
         self.range = range(0)
@@ -42,7 +43,7 @@ class Server:
         self._connect()
 
     def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT,))
+        self.channel = grpc.insecure_channel(self.address, options=self._options)
         self.outgoing: queue.SimpleQueue[Push | None] = queue.SimpleQueue()
 
     def reconnect(self) -> None:

@@ -151,7 +151,10 @@ class ServerExchange:
         return facts
 
     def meet(self, samples: int, model_state: np.ndarray, ends_epoch: bool) -> int:
-        """As in Exchange: all ranks met in the step, and may have lost a guest's samples; where nodes go at their own pace, they meet at the epoch's end."""
+        """As in Exchange: all ranks met in the step, in which a guest's samples may be missing.
+
+        Where nodes go at their own pace, they meet at the epoch's end.
+        """
         if self._at_once and ends_epoch:
             self._world.agree(lambda: None)  # everybody's pushes are applied
             self._pull_into_node("parameters", state=False)
@@ -313,8 +316,8 @@ def open_server_exchange(
         addresses, node.comm.bcast(number, root=0), len(lowest), generation, token, model.layout_digest,
         *exchange.worker_arrays, timeout_seconds=1.5 * job.limits.stall_seconds,
         pushes_to=range(node.rank, len(parts), node.size), return_seconds=0.5 * job.limits.stall_seconds,
-        pushed=buffers.pushed() if buffers else None, share_of=lambda samples, guests: samples_of(ranks, samples, world.size + guests),
-        ranks=world.size,
+        pushed=buffers.pushed() if buffers else None,
+        share_of=lambda samples, guests: samples_of(ranks, samples, world.size + guests), ranks=world.size,
     )  # fmt: skip
     world.agree(worker.join)
     held = [(range(*bounds), address) for part in node.comm.allgather(_plain(worker)) for bounds, address in part]
@@ -332,7 +335,7 @@ def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]
 def _check_guests(job: job_pb2.JobSpec, model: Model) -> None:
     if job.sync.parameter_server.guests and model.state_count:
         raise UsageFault(
-            "sync.parameter_server.guests: true beside a layer with running statistics (batch_norm), which guests would "
+            "sync.parameter_server.guests: true beside running statistics (batch_norm), which guests do "
             "not know: take layer_norm, or no guests"
         )
 
