@@ -87,9 +87,9 @@ def make_parser() -> argparse.ArgumentParser:
         ("follow", "evaluate the weights of such a job while it runs"),
     ):
         verb = verbs.add_parser(name, help=what)
-        verb.add_argument("address", metavar="HOST:PORT", help="as the run said that takes guests")
+        verb.add_argument("job", metavar="HOST:PORT|DIR", help="of its first server, or its output folder on this host")
         verb.add_argument("--token-file", type=Path, metavar="FILE",
-                          help="holds the job's token; else the environment does, in PACELINE_JOB_TOKEN")  # fmt: skip
+                          help="the output folder's guests.json; else the token is in PACELINE_JOB_TOKEN")  # fmt: skip
     verb.add_argument("--every", type=int, default=1, metavar="STEPS", help="only weights after every so many steps; 1")
     verb.add_argument("--format", choices=("text", "json"), default="text")
 
@@ -171,18 +171,18 @@ def run_verb(arguments: argparse.Namespace) -> int:
 
         export_folder(arguments.folder, arguments.onnx)
     elif arguments.verb == "join":
-        from worker.join import join_job, read_token
+        from worker.invitation import read_invitation
+        from worker.join import join_job
 
-        join_job(arguments.address, read_token(arguments.token_file), say)
+        join_job(read_invitation(arguments.job, arguments.token_file), say)
     elif arguments.verb == "follow":
         from worker.follow import follow_job
-        from worker.join import read_token
+        from worker.invitation import read_invitation
 
         if arguments.every < 1:
             raise UsageFault(f"--every: {arguments.every} is not at least 1")
-        follow_job(
-            arguments.address, read_token(arguments.token_file), arguments.every, arguments.format == "json", say
-        )
+        invitation = read_invitation(arguments.job, arguments.token_file)
+        follow_job(invitation, arguments.every, arguments.format == "json", say)
     else:
         from worker.server.process import Part, serve_parameters
 

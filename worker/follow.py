@@ -22,6 +22,7 @@ from worker.data.batches import BatchReader
 from worker.data.stores import fetch_all
 from worker.errors import DataFault, TrainingFault
 from worker.evaluation import conclude, samples_at_once, sum_over
+from worker.invitation import Invitation
 from worker.join import read_text
 from worker.metrics import MetricSums
 from worker.preparation import prepare
@@ -36,13 +37,13 @@ ROUNDS = 8  # in which servers that are behind are asked for their next version
 PINGS = (("grpc.keepalive_time_ms", 20_000), ("grpc.keepalive_timeout_ms", 20_000))
 
 
-def follow_job(address: str, token: str, every_steps: int, as_json: bool, say: Callable[[str], None]) -> None:
-    """Print a line for each version of the weights of the job at HOST:PORT, until it ends.
+def follow_job(invitation: Invitation, every_steps: int, as_json: bool, say: Callable[[str], None]) -> None:
+    """Print a line for each version of a job's weights, until it ends.
 
     Raises:
         Fault: the job or its data cannot be had.
     """
-    told = describe(address, token)
+    told = describe(*invitation)
     job = read_text(told.job)
     fetch_all(job, lambda: None)
     prepared = prepare(job)
@@ -54,7 +55,7 @@ def follow_job(address: str, token: str, every_steps: int, as_json: bool, say: C
     data = prepared.validation
     reader = BatchReader(data, prepared.preprocessing, samples_at_once(model, len(data)))
     model.reserve(reader.capacity)
-    streams = [Stream(place, token, every_steps, parameters) for place in told.addresses]
+    streams = [Stream(place, invitation.token, every_steps, parameters) for place in told.addresses]
     try:
         while (steps := _newest(streams)) is not None:
             counted = MetricSums(job.metrics, model, data.targets)

@@ -9,15 +9,13 @@ SIGTERM make it leave at the next step.
 
 from __future__ import annotations
 
-import os
 import signal
 import time
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 
-from protos import environment, job_pb2
+from protos import job_pb2
 from protos import parameter_server_pb2 as pb
 from protos.job_file import JobFileInvalid, parse_job
 from worker.accumulation import Accumulator
@@ -26,6 +24,7 @@ from worker.data.sharding import batch_bounds, sample_order, share, steps_per_ep
 from worker.data.stores import fetch_all
 from worker.engine.layers.layer import Moment
 from worker.errors import TrainingFault, UnreachableFault, UsageFault
+from worker.invitation import Invitation
 from worker.measurements import Meter
 from worker.preparation import Prepared, prepare
 from worker.server.modes import mode_of
@@ -36,8 +35,8 @@ JOINS = 5  # in a row without a step in between
 FIRST_PAUSE_SECONDS = 0.5  # before the second, doubled from one to the next
 
 
-def join_job(address: str, token: str, say: Callable[[str], None]) -> None:
-    """Take part in the job whose first parameter server is at HOST:PORT, until it ends or a signal asks to leave.
+def join_job(invitation: Invitation, say: Callable[[str], None]) -> None:
+    """Take part in a job until it ends or a signal asks to leave.
 
     Raises:
         Fault: this guest cannot take part, or no longer.
@@ -51,7 +50,7 @@ def join_job(address: str, token: str, say: Callable[[str], None]) -> None:
 
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, ask)
-    guest = Guest(describe(address, token), token, leaving, say)
+    guest = Guest(describe(*invitation), invitation.token, leaving, say)
     joins = 0
     while not leaving.asked:
         before, joins = guest.steps, joins + 1
@@ -69,7 +68,7 @@ def join_job(address: str, token: str, say: Callable[[str], None]) -> None:
             say(f"apart from the job: {apart}; joining again")
             time.sleep(FIRST_PAUSE_SECONDS * 2**joins)
         try:
-            guest.renew(describe(address, token))
+            guest.renew(describe(*invitation))
         except UnreachableFault:
             if joins >= JOINS:
                 raise
@@ -82,20 +81,6 @@ def read_text(text: str) -> job_pb2.JobSpec:
         return parse_job(text)
     except JobFileInvalid as invalid:
         raise UsageFault(f"the job is of another version of Paceline: {invalid}") from invalid
-
-
-def read_token(file: Path | None) -> str:
-    """From `file`, else from the environment. UsageFault where there is none."""
-    if file is None:
-        if not (token := os.environ.get(environment.JOB_TOKEN, "")):
-            raise UsageFault(
-                f"the job's token is missing: name its file with --token-file, or set {environment.JOB_TOKEN}"
-            )
-        return token
-    try:
-        return file.read_text().strip()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageFault(f"{file}: cannot be read as the job's token: {error}") from error
 
 
 class Guest:

@@ -22,7 +22,7 @@ JOB = "job.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
-GUEST_TOKEN = "guest.token"  # there while a job runs that takes guests
+GUESTS = "guests.json"  # there while a job runs that takes guests
 
 TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
 # A resumed job may name other values for these; everything else decides what the weights become.
@@ -141,20 +141,3 @@ def _fixed_part(job: dict[str, Any]) -> dict[str, Any]:
         elif isinstance(fixed.get(name), dict):
             fixed[name] = {key: value for key, value in fixed[name].items() if key not in inner}
     return fixed
-
-
-def write_guest_token(folder: Path, token: str) -> Path:
-    """Leave what guests must show where its owner alone can read it.
-
-    Raises:
-        OutputFault: it cannot be written.
-    """
-    path = folder / GUEST_TOKEN
-    try:
-        path.unlink(missing_ok=True)
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "w") as file:
-            file.write(f"{token}\n")
-    except OSError as error:
-        raise OutputFault(f"{path}: {error.strerror or error}; make room, or name another folder with -o") from error
-    return path

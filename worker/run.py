@@ -31,6 +31,7 @@ from worker.data.stores import fetch_all, local_path
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
+from worker.invitation import leave_invitation
 from worker.measurements import Position, validation_losses
 from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, prepare, remark
@@ -85,10 +86,10 @@ def run_job(
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
-    token_file: Path | None = None
+    invitation: Path | None = None
     if exchange.invitation is not None and world.rank == 0:
-        token_file = output_folder.write_guest_token(folder, exchange.invitation.token)
-        say(f"guests: paceline-worker join {exchange.invitation.address} --token-file {token_file}")
+        invitation = leave_invitation(folder, exchange.invitation)
+        say(f"guests may come: paceline-worker join {exchange.invitation.address} --token-file {invitation}")
     if remarkable := remark(prepared, job):
         say(remarkable)
 
@@ -144,8 +145,8 @@ def run_job(
             reporter.close()
         if client:
             client.close()
-        if token_file:
-            token_file.unlink(missing_ok=True)
+        if invitation:
+            invitation.unlink(missing_ok=True)
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
 

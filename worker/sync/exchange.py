@@ -7,7 +7,7 @@ server, or replicas that meet now and then) is chosen here, from `sync` in the j
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
+from worker.invitation import Invitation
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.compressed_reduction import Wire
 from worker.sync.local_steps import LocalStepsExchange
@@ -28,13 +29,6 @@ from worker.sync.world import World
 from worker.update import make_update
 
 TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
-
-
-class Invitation(NamedTuple):
-    """Where guests ask to take part, and what they show."""
-
-    address: str
-    token: str
 
 
 class Exchange(Protocol):

@@ -29,13 +29,14 @@ from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault, UsageFault
 from worker.initial_weights import InitialWeights
+from worker.invitation import Invitation
 from worker.server.modes import mode_of
 from worker.server.process import Part
 from worker.server.pushes import MOST_GUESTS
 from worker.server.supervision import SupervisedServer
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
 from worker.sync.between_nodes import sum_in_order
-from worker.sync.exchange import TOTALS, Invitation, share_state
+from worker.sync.exchange import TOTALS, share_state
 from worker.sync.host_address import LOOPBACK, address_for_peers, own_addresses
 from worker.sync.node import Node
 from worker.sync.parameter_server import ParameterServerExchange, check_ranges
