@@ -1,7 +1,7 @@
 """`paceline-worker follow HOST:PORT`: evaluate the weights of a running job as it goes on, in one process without MPI.
 
-The servers send the weights after an update whenever this program is ready for the next ones, so it never holds the
-job up; what it has no time for it skips.
+It asks the servers for their newest weights whenever it is ready for some, so it never holds the job up; what it has no
+time for it skips.
 
 Rules: what several servers send is evaluated as of one step where they can be brought to one; a line says so where they
 cannot. The end of the job is a good end.
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import queue
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,12 +87,19 @@ class Stream:
         self._address = address
         self._parameters = parameters
         self._server = Server(address, token, PINGS)
-        self._stream: Any = self._server.channel.unary_stream(
+        self._asked: queue.SimpleQueue[pb.BroadcastRequest | None] = queue.SimpleQueue()
+        self._request = pb.BroadcastRequest(every_steps=every_steps)
+        follow = self._server.channel.stream_stream(
             f"/{SERVICE}/Broadcast", pb.BroadcastRequest.SerializeToString, bytes
-        )(pb.BroadcastRequest(every_steps=every_steps), metadata=self._server.metadata)
+        )
+        self._stream: Any = follow(iter(self._asked.get, None), metadata=self._server.metadata)
+
+    def ask(self) -> None:
+        """Want the next version; `read` it then."""
+        self._asked.put(self._request)
 
     def read(self) -> bool:
-        """Fill in the next version; False at the end of the job."""
+        """Fill in the version that was asked for; False at the end of the job."""
         reached = -1
         while reached != self.elements.stop:
             try:
@@ -121,20 +129,28 @@ class Stream:
 
     def close(self) -> None:
         """No more of it."""
+        self._asked.put(None)
         self._server.close()
 
 
 def _newest(streams: list[Stream]) -> Steps | None:
     """Take the next version of every server, and more of those behind, for all to be of one step; None at the end."""
-    if not all(stream.read() for stream in streams):
+    if not _read(streams):
         return None
     check_ranges([stream.held for stream in streams], len(streams[0]._parameters))
     for _ in range(ROUNDS):
         last = max(stream.step for stream in streams)
         behind = [stream for stream in streams if stream.step < last]
-        if not behind or not all(stream.read() for stream in behind):
+        if not behind or not _read(behind):
             break
     return Steps(min(stream.step for stream in streams), max(stream.step for stream in streams))
+
+
+def _read(streams: list[Stream]) -> bool:
+    """The next version of each of these servers, of about the same time; False at the end of the job."""
+    for stream in streams:
+        stream.ask()
+    return all(stream.read() for stream in streams)
 
 
 def _line(steps: Steps, report: dict[str, Any], as_json: bool) -> str:

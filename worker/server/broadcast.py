@@ -1,11 +1,11 @@
 """The weights after each update, for whoever follows.
 
-A follower that is ready takes the next version: a copy made between two steps and shared by all who are ready then. One
-that still sends or computes makes none, so it skips versions; it holds no memory but the version it is being sent, and
-nobody waits for it.
+A follower asks for a version when it is ready for one, and is given a copy made between two steps, shared by all who
+ask then. It skips the versions between; nothing is kept for it, and nobody waits for it. The last version is sent
+unasked, because the server is about to end.
 
-Rules: a version is of one step on all its chunks, or, where workers go at their own pace, of one moment. The newest
-version there is comes last, also to who was busy when it was made.
+Rules: a version is of one step on all its chunks, or, where workers go at their own pace, of one moment. Whoever asks
+has the newest version there is, also at the end.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ class Broadcaster:
         self._shard = shard
         self._ready: list[tuple[int, int, asyncio.Future[Version | None]]] = []  # last step had, every so many
         self._over = False
+        self._ended = asyncio.Event()
 
     def see(self) -> None:
         """After an update: a version for those who are ready, where the shard is between two steps."""
@@ -54,21 +55,40 @@ class Broadcaster:
     def end(self) -> None:
         """The job is over: followers get the newest version, if they have not, and their end."""
         self._over = True
+        self._ended.set()
         self.see()
         waiting, self._ready = self._ready, []
         for *_, future in waiting:
             if not future.done():
                 future.set_result(None)
 
-    async def follow(self, every_steps: int) -> AsyncIterator[bytes]:
-        """The messages of one version after another, until the end."""
+    async def follow(self, requests: AsyncIterator[pb.BroadcastRequest]) -> AsyncIterator[bytes]:
+        """The messages of a version for each request, until the end."""
         setup = self._shard.setup
-        had = -1
-        while (version := await self._next(had, every_steps)) is not None:
+        had, every_steps = -1, 1
+        while True:
+            request = await self._request(requests)
+            if request is None and not self._over:
+                return
+            every_steps = max(1, request.every_steps) if request else every_steps
+            version = await self._next(had, every_steps)
+            if version is None:
+                return
             had = version.step
             for start, stop in chunk_bounds(setup.start, setup.stop, setup.chunk_elements):
-                head = pb.BroadcastResponse(offset=start, step=version.step, start=setup.start, stop=setup.stop)
+                head = pb.BroadcastResponse(offset=start, step=had, start=setup.start, stop=setup.stop)
                 yield encode(head, WEIGHTS, version.weights[start - setup.start : stop - setup.start])
+
+    async def _request(self, requests: AsyncIterator[pb.BroadcastRequest]) -> pb.BroadcastRequest | None:
+        """The next one; None when there are no more, or when the job is over and nobody need ask."""
+        asked = asyncio.ensure_future(anext(requests, None))
+        ended = asyncio.ensure_future(self._ended.wait())
+        try:
+            await asyncio.wait((asked, ended), return_when=asyncio.FIRST_COMPLETED)
+            return asked.result() if asked.done() else None
+        finally:
+            asked.cancel()
+            ended.cancel()
 
     async def _next(self, had: int, every_steps: int) -> Version | None:
         if self._is_due(had, every_steps):
@@ -82,7 +102,7 @@ class Broadcaster:
     def _is_due(self, had: int, every_steps: int) -> bool:
         step, begun = self._shard.version
         between = not begun or self._shard.setup.mode.at_once
-        return between and step > had and (step % every_steps == 0 or self._over)
+        return between and step > had and (step % every_steps == 0 or had < 0 or self._over)
 
     def _copy(self) -> Version:
         return Version(self._shard.version[0], self._shard.parameters.copy())

@@ -109,7 +109,7 @@ class ParameterServer:
             "Leave": grpc.unary_unary_rpc_method_handler(
                 self._leave, pb.LeaveRequest.FromString, pb.LeaveResponse.SerializeToString
             ),
-            "Broadcast": grpc.unary_stream_rpc_method_handler(self._broadcast, pb.BroadcastRequest.FromString),
+            "Broadcast": grpc.stream_stream_rpc_method_handler(self._broadcast, pb.BroadcastRequest.FromString),
         }
 
     async def _join(self, request: pb.JoinRequest, context: Context) -> pb.JoinResponse:
@@ -153,10 +153,10 @@ class ParameterServer:
             step=shard.step,
         )  # fmt: skip
 
-    async def _broadcast(self, request: pb.BroadcastRequest, context: Context) -> AsyncIterator[bytes]:
+    async def _broadcast(self, requests: AsyncIterator[pb.BroadcastRequest], context: Context) -> AsyncIterator[bytes]:
         if not self._shard.setup.guests:
             await context.abort(grpc.StatusCode.FAILED_PRECONDITION, NO_GUESTS)
-        async for data in self._broadcaster.follow(max(1, request.every_steps)):
+        async for data in self._broadcaster.follow(requests):
             yield data
         if self._shard.fault is not None:
             await context.abort(grpc.StatusCode.ABORTED, self._shard.fault)

@@ -62,7 +62,9 @@ def _fault_of(address: str, error: grpc.RpcError) -> Exception:
     match code:
         case grpc.StatusCode.UNAUTHENTICATED:
             return NotAllowedFault(f"{address}: {words(error)}; the run that takes guests says which file holds it")
-        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+        case grpc.StatusCode.DEADLINE_EXCEEDED:
+            return UnreachableFault(f"{address}: no answer in time; the job may not have begun")
+        case grpc.StatusCode.UNAVAILABLE:
             return UnreachableFault(f"{address}: no job that takes guests answers there: {words(error)}")
     return TrainingFault(f"{address}: {words(error)}")
 
