@@ -283,6 +283,16 @@ def test_reproducible_does_not_go_with_sums_in_the_middle_of_a_step() -> None:
     ]
 
 
+def test_reproducible_does_not_go_with_guests() -> None:
+    spec = valid()
+    spec.training.reproducible = True
+    spec.sync.parameter_server.guests = True
+    assert faults(spec) == [
+        "sync.parameter_server.guests: shares a batch with whoever comes, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
+
+
 def test_virtual_shards_are_those_of_a_reproducible_job() -> None:
     spec = valid()
     spec.training.virtual_shards = 4

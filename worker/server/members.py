@@ -102,6 +102,8 @@ class Members:
             return
         if worker in self._gone:
             raise Apart(self._gone[worker])
+        if setup.guests and worker >= setup.workers:
+            raise Apart(f"guest {worker} is not known here; join again")
         raise Refused(f"worker {worker} does not exist: there are {len(self._founding)}, counted from 0")
 
     def welcome(self, number: int, step: int, now: float) -> int:

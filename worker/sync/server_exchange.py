@@ -257,7 +257,6 @@ def open_server_exchange(
     parts = shard_parts(count, asked)
     optimizer = make_update(job)
     world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
-    world.agree(lambda: _check_guests(job, model))
     buffers, at_once = None, mode_of(job.sync.parameter_server).at_once
     if at_once and world.node_comm.Get_size() == world.size:
         world.split_nodes_into_ranks()  # a machine alone has no other node to be ahead of
@@ -331,14 +330,6 @@ def open_server_exchange(
 
 def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]:
     return [((elements.start, elements.stop), address) for elements, address in worker.held]
-
-
-def _check_guests(job: job_pb2.JobSpec, model: Model) -> None:
-    if job.sync.parameter_server.guests and model.state_count:
-        raise UsageFault(
-            "sync.parameter_server.guests: true beside running statistics (batch_norm), which guests do "
-            "not know: take layer_norm, or no guests"
-        )
 
 
 def _check_one_shard(shards: int, job: job_pb2.JobSpec, has_trust_ratios: bool) -> None:

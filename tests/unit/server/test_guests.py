@@ -150,7 +150,7 @@ REFUSED = [
     ("guest 1, step 3, offset 3: its batch was cut for the guests \\[4\\]", Refused, {"guests": (4,)}),
     ("guest 1, step 9, offset 3: the shard is at step 3", Conflict, {"step": 9}),
     ("worker 1 is of an earlier launch: generation 1", Conflict, {"generation": 1}),
-    ("worker 5 does not exist", Refused, {"worker": 5}),
+    ("guest 5 is not known here; join again", Apart, {"worker": 5}),
     ("guest 1, step 3, offset 3: a share of 9 samples", Refused, {"share": 9}),
     ("the gradient is not finite at element 3", Refused, {"gradient": np.full(CHUNK, np.nan, np.float32)}),
 ]
