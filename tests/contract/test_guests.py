@@ -25,9 +25,10 @@ from worker.preparation import prepare
 from worker.server.process import Part
 from worker.server.supervision import SupervisedServer
 from worker.sync.exchange import TOTALS
+from worker.sync.guest import GuestExchange, Leaving
 from worker.sync.parameter_server import ParameterServerExchange
 from worker.sync.server_connection import SERVICE, Server
-from worker.wire import as_array, decode
+from worker.wire import as_array, decode, encode
 
 TOKEN, CUT, BATCH, DEADLINE_SECONDS = "a token of this test", 320, 64, 60
 PROJECT = Path(__file__).parents[2]
@@ -245,3 +246,24 @@ def test_a_follower_evaluates_the_weights_as_json(found, program) -> None:
     assert lines[-1]["to_step"] == founder.steps
     for line in lines:
         assert line["validation_loss"] == pytest.approx(np.log(10), rel=1e-6)  # all weights are 0
+
+
+def test_a_guest_that_listens_has_the_weights_of_the_whole_step_that_first_names_it() -> None:
+    weights = np.zeros(6, np.float32)
+    told = pb.DescribeResponse(addresses=["127.0.0.1:9", "127.0.0.1:9"], ranks=1)
+    guest = GuestExchange(told, TOKEN, "digest", False, weights, weights.copy(), np.zeros(1))
+    guest._worker = 3
+    heard = (
+        [(4, 0), (5, 2), (0, 0), (5, 0), (6, 2), (0, 0), (0, 0), (6, 0), (7, 2)],  # in the middle of step 4
+        [(4, 4), (0, 0), (5, 4), (6, 4)],
+    )
+    for server, (start, stop), steps in zip(guest._servers, ((0, 4), (4, 6)), heard, strict=True):
+        server.range, server.chunks = range(start, stop), {first: first + 2 for first in range(start, stop, 2)}
+        server.stream = iter([
+            encode(pb.ExchangeResponse(step=step, offset=offset, guests=[3] if (step, offset) == (6, 0) else []),
+                   pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER, np.full(2 if step else 0, step, np.float32))
+            for step, offset in steps
+        ])  # fmt: skip
+    assert guest.listen(Leaving()) == 6
+    np.testing.assert_array_equal(weights, np.full(6, 6))
+    guest.close()

@@ -14,7 +14,7 @@ nothing is applied.
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -207,7 +207,7 @@ class Shard:
         self.members.lose(worker, self.step + 1, why)
         if self._own_pace:
             return self._advanced(self._own_pace.remove(worker))
-        return self._apply_complete()
+        return self._apply_complete(self._chunks.values())
 
     def _advanced(self, answers: list[Answer]) -> list[Answer]:
         """The answers of workers with clocks, whose slowest says how far the shard is."""
@@ -263,13 +263,13 @@ class Shard:
             self._terms, self._opened = push, now
         self._named.update(push.guests)
         chunk.held[push.worker] = push
-        return self._apply_complete()
+        return self._apply_complete([chunk])
 
-    def _apply_complete(self) -> list[Answer]:
-        """Apply the chunks that wait for nobody any more, where a chunk may be applied by itself."""
+    def _apply_complete(self, chunks: Iterable[Chunk]) -> list[Answer]:
+        """Apply those of the chunks that wait for nobody any more, or all together where each needs all."""
         needed = self.members.waited_for(self._named)
         complete = [
-            chunk for chunk in self._chunks.values()
+            chunk for chunk in chunks
             if chunk.held and chunk.mean is None and needed <= chunk.held.keys()
         ]  # fmt: skip
         if not complete or self.fault is not None:

@@ -109,6 +109,7 @@ class GuestExchange(ParameterServerExchange):
                     self._worker, self._step = response.worker, response.step
                     self._name = f"guest {self._worker}"
         except grpc.RpcError as error:
+            self.close()
             raise self._sorted(_fault_of(server.address, error), error) from error
         check_ranges(self.held, len(self._parameters))
         try:
@@ -157,9 +158,11 @@ class GuestExchange(ParameterServerExchange):
                 return None
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, self._next(server, "join", "others' steps", began))
             self._expires = time.monotonic() + PATIENCE_SECONDS
+            if head.step == 0:  # a sign of life, which may come between two chunks
+                continue
             if head.step != step:
                 step, missing = head.step, dict(server.chunks)
-            if head.step == 0 or (wanted is not None and step < wanted):
+            if wanted is not None and step < wanted:
                 continue
             stop = missing.pop(head.offset)
             self._into[4 * head.offset : 4 * stop] = payload
