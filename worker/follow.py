@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import queue
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -57,6 +58,7 @@ def follow_job(invitation: Invitation, every_steps: int, as_json: bool, say: Cal
     reader = BatchReader(data, prepared.preprocessing, samples_at_once(model, len(data)))
     model.reserve(reader.capacity)
     streams = [Stream(place, invitation.token, every_steps, parameters) for place in told.addresses]
+    print(f"following: {len(data)} validation samples, at {told.addresses[0]}", file=sys.stderr, flush=True)
     try:
         while (steps := _newest(streams)) is not None:
             counted = MetricSums(job.metrics, model, data.targets)

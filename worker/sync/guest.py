@@ -107,7 +107,7 @@ class GuestExchange(ParameterServerExchange):
                 server.heard_every = response.lease_seconds / SIGNS_IN_A_LEASE
                 if server is authority:
                     self._worker, self._step = response.worker, response.step
-                    self._name = f"guest {self._worker}"
+                    self._who = f"guest {self._worker}"
         except grpc.RpcError as error:
             self.close()
             raise self._sorted(_fault_of(server.address, error), error) from error

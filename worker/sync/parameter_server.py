@@ -73,7 +73,7 @@ class ParameterServerExchange:
         self._return_seconds = return_seconds
         self.workers = workers  # founding ones
         self._worker, self._generation = worker, generation
-        self._name = f"worker {worker} of {workers}"
+        self._who = f"worker {worker} of {workers}"
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
         self._gradient, self._pushed_totals = pushed or (gradient, totals)
@@ -294,12 +294,12 @@ class ParameterServerExchange:
         except (grpc.RpcError, StopIteration) as error:
             raise self._fault(server, f"step {step}", "its return", began, error) from error
         self._expires = time.monotonic() + self._timeout_seconds
-        lost = max(0, response.step - response.restored_step)
+        lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
-        self.steps_lost += lost
+        self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "
-            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost} steps are lost",
+            f"{server.range.stop - 1} are those after step {response.restored_step}, {lost_steps} steps are lost",
             file=sys.stderr,
             flush=True,
         )
@@ -318,7 +318,7 @@ class ParameterServerExchange:
         seconds = time.perf_counter() - began
         why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
-            f"parameter server {server.address}, {when}: {why} ({self._name} waited {seconds:.1f} s for {what})"
+            f"parameter server {server.address}, {when}: {why} ({self._who} waited {seconds:.1f} s for {what})"
         )
 
     def _watch(self) -> None:
