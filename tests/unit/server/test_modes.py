@@ -176,7 +176,8 @@ class Clocked(RuleBasedStateMachine):
             slowest = min(self.pushed[worker, offset] for worker in self.live)
             for worker in self.live:
                 may_go_on = self.pushed[worker, offset] - slowest <= self.lead
-                assert (self.answered[worker, offset] == self.pushed[worker, offset]) == may_go_on
+                # That nobody is answered too early, `take` holds: a guest may come later who is further behind.
+                assert self.answered[worker, offset] == self.pushed[worker, offset] or not may_go_on
 
 
 TestClocked = Clocked.TestCase
