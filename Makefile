@@ -31,13 +31,13 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
 
-bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, scikit-learn; BENCH_OPTIONS=--quick for one round
+bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, scikit-learn, MPI, gRPC; BENCH_OPTIONS="--only cnn" or --quick
 	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
 
-bench-quality: $(VENV)/installed $(PEERS)/installed  ## what training reaches beside PyTorch DDP, and when; BENCH_OPTIONS as above
+bench-quality: $(VENV)/installed $(PEERS)/installed  ## what training reaches beside PyTorch DDP, and when; BENCH_OPTIONS=--quick to see that it runs
 	@$(BIN)/python -m tests.benchmarks.quality --peers $(PEERS) $(BENCH_OPTIONS)
 
-bench-network: $(VENV)/installed  ## what each way to exchange costs on a slow network: hosts of namespaces, as root; BENCH_OPTIONS as above
+bench-network: $(VENV)/installed  ## that part of bench which replays a slow network, alone: as root; BENCH_OPTIONS=--help lists its own
 	@$(BIN)/python -m tests.benchmarks.slow_network $(BENCH_OPTIONS)
 
 clean:  ## remove the environments and what the build generated

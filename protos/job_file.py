@@ -30,15 +30,13 @@ from protos.rules import (
     Violation,
     check,
     choice_of,
-    nearest,
-    not_one_of,
     option_words,
-    quoted,
     resolve,
     rule_of,
     schema_of,
 )
 from protos.urls import is_url
+from protos.wording import nearest, not_one_of, quoted
 
 
 class JobFileInvalid(Exception):

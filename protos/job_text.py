@@ -15,7 +15,8 @@ from typing import Any, TypeAlias
 
 import yaml
 
-from protos.rules import Violation, quoted
+from protos.rules import Violation
+from protos.wording import quoted
 
 MAX_BYTES = 1 << 20
 MAX_DEPTH = 32

@@ -9,7 +9,6 @@ Rules of this file:
 
 from __future__ import annotations
 
-import difflib
 import math
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, cast
@@ -19,6 +18,7 @@ from google.protobuf.message import Message
 
 from protos import options_pb2
 from protos.job_pb2 import JobSpec, Layer
+from protos.wording import not_one_of, number
 
 INTEGERS = frozenset(
     {
@@ -90,28 +90,6 @@ def chosen_option(message: Message) -> str | None:
     """The word of the option a message holds, None where it names none or has no options."""
     choice = choice_of(schema_of(message))
     return message.WhichOneof(choice.name) if choice else None
-
-
-def nearest(word: str, allowed: Iterable[str]) -> str | None:
-    """The allowed word most like this one, or None where nothing is near."""
-    return next(iter(difflib.get_close_matches(word, list(allowed), n=1)), None)
-
-
-def not_one_of(word: str, allowed: Iterable[str]) -> str:
-    """What to say of a word that is none of those allowed."""
-    allowed = list(allowed)
-    near = nearest(word, allowed)
-    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; did you mean {near}?" if near else "")
-
-
-def quoted(text: str) -> str:
-    """The text in quotes, on one line and short enough for a message."""
-    return repr(text if len(text) <= 60 else text[:57] + "...")
-
-
-def number(value: float) -> str:
-    """A number as a person writes it: 2 for 2.0."""
-    return str(int(value)) if math.isfinite(value) and value == int(value) and abs(value) < 1e15 else repr(value)
 
 
 # -------------------------------------------------------------------------------------------------------- violations
@@ -297,6 +275,10 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             "applies gradients in the order in which they come",
         ),
         "sync.parameter_server.guests": (spec.sync.parameter_server.guests, "shares a batch with whoever comes"),
+        "sync.parameter_server.wire_format": (
+            chosen_option(spec.sync.parameter_server.wire_format) not in (None, "float32"),
+            "rounds what each worker sends",
+        ),
     }
     for place, (given, why) in in_the_way.items():
         if given:
@@ -320,6 +302,23 @@ def _whole_vector_in_one_step(spec: JobSpec) -> Violation | None:
         return None
     told = f"{mode} is given beside {needs}, which needs all workers' gradients at once"
     return Violation("sync.parameter_server.mode", f"{told}; take synchronous or remove the other")
+
+
+def _no_factors_for_servers(spec: JobSpec) -> Violation | None:
+    if chosen_option(spec.sync.parameter_server.wire_format) != "power_sgd":
+        return None
+    return Violation(
+        "sync.parameter_server.wire_format",
+        "power_sgd is for all_reduce, since its factors are sums over all nodes; take int8 or another one here",
+    )
+
+
+def _guests_hold_weights(spec: JobSpec) -> Violation | None:
+    given = chosen_option(spec.sync.parameter_server.wire_format)
+    if not spec.sync.parameter_server.guests or given in (None, "float32"):
+        return None
+    told = f"true is given beside wire_format: {given}, whose answers only those can read that hold the weights before"
+    return Violation("sync.parameter_server.guests", f"{told}; take float32 or no guests")
 
 
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
@@ -347,6 +346,8 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _reproducible_alone,
     _shards_of_reproducible,
     _whole_vector_in_one_step,
+    _guests_hold_weights,
+    _no_factors_for_servers,
     _local_beside_synchronized,
     _metrics_for_the_loss,
 )

@@ -44,6 +44,8 @@ from worker.train import Observers, Result, train
 from worker.update import AVERAGE
 from worker.watchdog import Watchdog
 
+OPENING_SECONDS = 30.0  # an exchange may have to start processes, which has a deadline of its own
+
 
 def run_job(
     world: World,
@@ -82,7 +84,7 @@ def run_job(
     start = Position(
         *world.broadcast([found.step, found.epoch, found.samples, found.validations] if found else [0, 0, 0, ()])
     )
-    watchdog.doing("opening the exchange")
+    watchdog.doing("opening the exchange", OPENING_SECONDS)
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)

@@ -27,13 +27,15 @@ class Watchdog:
         self._on_look = on_look
         self._on_stall = on_stall
         self._doing = "starting"
+        self._least_seconds = 0.0
         self._since = monotonic()
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._thread.start()
 
-    def doing(self, activity: str) -> None:
-        """State what comes next; its time starts now."""
+    def doing(self, activity: str, least_seconds: float = 0.0) -> None:
+        """State what comes next; its time starts now. It may take `least_seconds` though the limit be shorter."""
+        self._least_seconds = least_seconds
         self._doing = activity
         self._since = monotonic()
 
@@ -51,7 +53,7 @@ class Watchdog:
                 self._since = now  # we were stopped ourselves: that time is nobody's fault
             looked = now
             stuck_seconds = now - self._since
-            if stuck_seconds > self._limit_seconds:
+            if stuck_seconds > max(self._limit_seconds, self._least_seconds):
                 self._on_stall(
                     f"no progress for {stuck_seconds:.0f} s while {self._doing}; another rank is stuck or gone, "
                     f"or limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"

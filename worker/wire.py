@@ -4,7 +4,8 @@ A chunk on the wire is an ordinary protobuf message that any client can read or 
 pass through the protobuf library: it would copy them three times each way. They are joined behind the serialized head
 with one copy, and read where they lie with none.
 
-Rules: the array is the message's last field and little-endian float32. Nothing here knows what a message means.
+Rules: the array is the message's last field, and little-endian float32 or bytes. Nothing here knows what a message
+means.
 """
 
 import ctypes
@@ -46,8 +47,8 @@ def chunk_bounds(start: int, stop: int, chunk_elements: int) -> Iterator[tuple[i
         yield first, min(first + chunk_elements, stop)
 
 
-def encode(head: Message, field: int, array: Float32) -> bytes:
-    """Serialize `head` with `array` (1-D, contiguous) as its bytes field number `field`."""
+def encode(head: Message, field: int, array: Float32 | NDArray[np.uint8]) -> bytes:
+    """Serialize `head` with `array` (1-D, contiguous, of numbers or of bytes) as its bytes field number `field`."""
     packed = head.SerializeToString()
     prefix = _key(field) + _varint(array.nbytes)
     gap = -(len(packed) + len(prefix)) % _ALIGNMENT
@@ -55,7 +56,8 @@ def encode(head: Message, field: int, array: Float32) -> bytes:
         # A padding field takes two bytes at least, for its key and its length.
         spare = gap - 2 if gap >= 2 else gap + _ALIGNMENT - 2
         packed += _key(_PADDING_FIELD) + _varint(spare) + bytes(spare)
-    return b"".join((packed, prefix, array.astype(FLOAT32, copy=False).data))
+    payload = array if array.dtype == np.uint8 else array.astype(FLOAT32, copy=False)
+    return b"".join((packed, prefix, payload.data))
 
 
 def decode(kind: type[M], field: int, data: bytes) -> tuple[M, memoryview]:

@@ -9,16 +9,19 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from coordinator.launchers.local import LauncherMissing
-from tests.benchmarks import exchange_alone
+from tests.benchmarks import exchange_alone, memory, parameter_servers, slow_network
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, MATRIX_PRODUCTS, ONE_RANK, Contender, Run
 from tests.benchmarks.data_set import write_data
 from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
 from tests.benchmarks.measurement import KERNEL_WISHES, BenchmarkFailed, Measurement
+from tests.benchmarks.options import PEERS_ENVIRONMENT, positive_integer, positive_number, tell
 from tests.benchmarks.rounds import Outcome, run_rounds
+from tests.benchmarks.section import Part, Section, Setting
 from tests.benchmarks.table import (
     Table,
     footprint_table,
@@ -28,8 +31,13 @@ from tests.benchmarks.table import (
     throughput_table,
 )
 
-EXCHANGE = "exchange"  # among the networks' names: the exchange alone
-PEERS_ENVIRONMENT = Path(".venv-peers")
+# What is measured beside the networks, by the names that --only takes.
+PARTS: dict[str, Part] = {
+    "exchange": exchange_alone.run,
+    "servers": parameter_servers.run,
+    "memory": memory.run,
+    "slow-network": slow_network.run,
+}
 CAPTION = """\
 Training with Adam and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28 or, the
 transformer, on a seeded text whose bytes are the tokens.
@@ -49,34 +57,18 @@ def make_parser() -> argparse.ArgumentParser:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m tests.benchmarks", description="Paceline beside its peers.")
     parser.add_argument(
-        "--quick", action="store_true", help="one short round, about two minutes, to see that everything runs"
+        "--quick", action="store_true", help="one round as short as can be, some minutes, to see that everything runs"
     )
-    names = [*(case.name for case in CASES), EXCHANGE]
+    names = [*(case.name for case in CASES), *PARTS]
     parser.add_argument("--only", action="append", choices=names, metavar="NAME",
                         help=f"this alone ({', '.join(names)}); may be repeated")  # fmt: skip
     parser.add_argument("--rounds", type=positive_integer, default=3, metavar="N", help="timed rounds (default 3)")
-    parser.add_argument("--seconds", type=positive_number, default=2.0, metavar="S",
-                        help="length of the timed part of a run (default 2)")  # fmt: skip
+    parser.add_argument("--seconds", type=positive_number, default=1.5, metavar="S",
+                        help="length of the timed part of a run of a network (default 1.5)")  # fmt: skip
     parser.add_argument("--peers", type=Path, default=PEERS_ENVIRONMENT, metavar="DIR",
                         help=f"the peers' environment (default {PEERS_ENVIRONMENT}, made by `make bench`)")  # fmt: skip
     parser.add_argument("--markdown", action="store_true", help="end with the tables in Markdown")
     return parser
-
-
-def positive_integer(text: str) -> int:
-    """For argparse, which words the refusal."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not 1 or more")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """For argparse, which words the refusal."""
-    value = float(text)
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text} is not above 0")
-    return value
 
 
 def benchmark(cases: list[Case], peers_python: Path, rounds: int, seconds: float | None, scratch: Path) -> Outcome:
@@ -96,19 +88,23 @@ def benchmark(cases: list[Case], peers_python: Path, rounds: int, seconds: float
     return run_rounds(cases, timed, rounds, seconds, measure, tell)
 
 
-def benchmark_exchange(peers_python: Path, rounds: int, scratch: Path) -> Table:
-    """The exchange alone, all rounds."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in exchange_alone.SIDES}
-    for number in range(1, rounds + 1):
-        for side in exchange_alone.SIDES:
-            found[side].append(exchange_alone.measure(side, peers_python, scratch))
-            tell(f"round {number} of {rounds}  {EXCHANGE}  {side}")
-    return exchange_alone.exchange_table(found)
+def measure_parts(names: Sequence[str], setting: Setting) -> tuple[dict[str, Section], dict[str, str]]:
+    """What each part came to, and what went wrong in which: one that fails does not take the others' figures along."""
+    sections, faults = {}, {}
+    for name in names:
+        try:
+            sections[name] = PARTS[name](setting)
+        except (BenchmarkFailed, LauncherMissing) as failed:
+            faults[name] = str(failed)
+            tell(f"error: {name}: {failed}")
+    return sections, faults
 
 
-def tell(line: str) -> None:
-    """Progress goes to standard error: standard output holds the tables alone."""
-    print(line, file=sys.stderr, flush=True)
+def in_order(sections: Sequence[Section], form: Callable[[Table], str]) -> Iterator[str]:
+    """Each section's tables, and below them what they mean."""
+    for section in sections:
+        yield from map(form, section.tables)
+        yield section.caption
 
 
 def main() -> int:
@@ -119,6 +115,7 @@ def main() -> int:
         tell(f"error: there is no {peers_python}; say `make bench`, which makes it, or give --peers DIR")
         return 2
     cases = [case for case in CASES if not arguments.only or case.name in arguments.only]
+    parts = [name for name in PARTS if not arguments.only or name in arguments.only]
     rounds, seconds = arguments.rounds, arguments.seconds
     if arguments.quick:
         cases, rounds, seconds = [case.shortened() for case in cases], 1, None
@@ -126,18 +123,18 @@ def main() -> int:
     if warning:
         tell(f"warning: {warning}")
 
-    with_exchange = not arguments.only or EXCHANGE in arguments.only
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="paceline-bench-") as scratch:
         try:
             results, absent = benchmark(cases, peers_python, rounds, seconds, Path(scratch)) if cases else ({}, {})
-            exchange = [benchmark_exchange(peers_python, rounds, Path(scratch))] if with_exchange else []
         except (BenchmarkFailed, LauncherMissing) as failed:
             tell(f"error: {failed}")
             return 1
+        setting = Setting(peers_python, rounds, arguments.quick, Path(scratch), tell)
+        sections, faults = measure_parts(parts, setting)
 
     facts = machine_facts(run.version for runs in results.values() for run in runs if run.version)
-    facts = {name: fact for name, fact in facts.items() if fact}  # the exchange alone states no peers' versions
+    facts = {name: fact for name, fact in facts.items() if fact}  # only the networks' peers state their versions
     withheld = [f"{name}={os.environ[name]}" for name in KERNEL_WISHES if name in os.environ]
     if withheld:
         facts["withheld"] = f"{', '.join(withheld)}, so that every library chooses its own kernels"
@@ -145,25 +142,28 @@ def main() -> int:
         facts["warning"] = warning
     if arguments.quick:
         facts["warning"] = "--quick: one round of a few steps; these figures say only that everything runs"
-    if absent:
-        facts["absent"] = "; ".join(f"{name}: {reason}" for name, reason in absent.items())
-    tables = exchange
-    captions = [exchange_alone.CAPTION] if exchange else []
+    facts |= named("absent", absent)
+    facts |= named("left out", {name: section.left_out for name, section in sections.items() if section.left_out})
+    facts |= named("failed", faults)
+    shown = [section for section in sections.values() if not section.left_out]
     if cases:
-        tables = [
+        tables = (
             throughput_table(results, cases, CONTENDERS),
             footprint_table(results, cases, CONTENDERS),
             product_table(results, cases, ONE_RANK, MATRIX_PRODUCTS),
-            *exchange,
-        ]
-        captions.insert(0, CAPTION.format(rounds=rounds))
-    caption = "\n\n".join(captions)
+        )
+        shown.insert(0, Section(tables, CAPTION.format(rounds=rounds)))
     listed = "\n".join(f"{name:<10} {fact}" for name, fact in facts.items())
-    print(listed, *map(format_text, tables), caption, f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
+    print(listed, *in_order(shown, format_text), f"Took {time.monotonic() - began:.0f} s.", sep="\n\n")
     if arguments.markdown:
         listed = "\n".join(f"- {name}: {fact}" for name, fact in facts.items())
-        print("", listed, *map(format_markdown, tables), caption, sep="\n\n")
-    return 0
+        print("", listed, *in_order(shown, format_markdown), sep="\n\n")
+    return 1 if faults else 0
+
+
+def named(title: str, reasons: Mapping[str, str]) -> dict[str, str]:
+    """One fact of several reasons; none of none."""
+    return {title: "; ".join(f"{name}: {reason}" for name, reason in reasons.items())} if reasons else {}
 
 
 if __name__ == "__main__":

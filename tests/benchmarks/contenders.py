@@ -6,7 +6,7 @@ next to those they are likely to be compared with.
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -56,7 +56,7 @@ class Contender(NamedTuple):
 # --------------------------------------------------------------------------------------------------------------- ours
 
 
-def job(run: Run, ranks: int, sync: str) -> dict[str, Any]:
+def job(run: Run, ranks: int, sync: Any) -> dict[str, Any]:
     """The job file for `run`."""
     return {
         "name": f"benchmark-{run.case.name}",
@@ -70,7 +70,7 @@ def job(run: Run, ranks: int, sync: str) -> dict[str, Any]:
     }
 
 
-def paceline(ranks: int, sync: str) -> Callable[[Run], Measurement]:
+def paceline(ranks: int, sync: Any) -> Callable[[Run], Measurement]:
     """`paceline-worker train`, under the product's own mpirun line where there is more than one rank."""
 
     def measure(run: Run) -> Measurement:
@@ -110,8 +110,12 @@ def matrix_products(run: Run) -> Measurement:
 # -------------------------------------------------------------------------------------------------------------- peers
 
 
-def peer(script: str) -> Callable[[Run], Measurement]:
-    """A program of peers/ under the Python of the peers' environment; the result is its last line."""
+def peer(script: str, environment: Mapping[str, str] | None = None) -> Callable[[Run], Measurement]:
+    """A program of peers/ under the Python of the peers' environment; the result is its last line.
+
+    Args:
+        environment: additions of this peer's own.
+    """
 
     def measure(run: Run) -> Measurement:
         argv = (
@@ -123,7 +127,7 @@ def peer(script: str) -> Callable[[Run], Measurement]:
             *("--scratch", str(run.folder)),
             *run.data.for_peer(),
         )
-        stated = read_statement(run_command(Command(argv, {}), run.folder))
+        stated = read_statement(run_command(Command(argv, dict(environment or {})), run.folder))
         if "absent" in stated:
             raise PeerAbsent(stated["absent"])
         return read_measurement(stated, run.case.classes)
@@ -143,6 +147,6 @@ CONTENDERS = (
     Contender("PyTorch compile", "PyTorch compile", 1, peer("pytorch_compile.py")),
     Contender("Paceline, all-reduce", OURS, 2, paceline(2, "all_reduce")),
     Contender("PyTorch DDP, gloo", EAGER, 2, peer("pytorch_ddp.py")),
-    Contender("JAX, 2 devices", "JAX", 2, peer("jax_two_devices.py"), kinds=("mlp",)),
+    Contender("JAX, 2 devices", "JAX", 2, peer("jax_two_devices.py")),
     Contender("Paceline, parameter server", OURS, 2, paceline(2, "parameter_server"), kinds=("mlp",)),
 )

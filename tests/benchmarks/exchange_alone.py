@@ -11,6 +11,7 @@ from pathlib import Path
 
 from tests.benchmarks.contenders import PEERS
 from tests.benchmarks.measurement import BenchmarkFailed, Command, run_command
+from tests.benchmarks.section import Section, Setting
 from tests.benchmarks.spread import ratio_spread, spread
 from tests.benchmarks.table import Table, format_spread
 from tests.mpi.mpirun import ENVIRONMENT, PROJECT, find_mpirun
@@ -59,3 +60,13 @@ def exchange_table(rounds: Mapping[str, Sequence[Mapping[str, float]]]) -> Table
             ratio = "" if side == OURS else format_spread(ratio_spread(seconds, own), 1)
             rows.append((size, "2", side, format_spread(spread(1e3 * value for value in seconds), 3), ratio))
     return Table(("vector", "processes", "program", "ms", "times the shared window's"), rows)
+
+
+def run(setting: Setting) -> Section:
+    """All rounds."""
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    for number in range(1, setting.rounds + 1):
+        for side in SIDES if number % 2 else reversed(SIDES):
+            found[side].append(measure(side, setting.peers_python, setting.scratch))
+            setting.say(f"round {number} of {setting.rounds}  exchange  {side}")
+    return Section((exchange_table(found),), CAPTION)

@@ -9,6 +9,7 @@ Rules: a figure is the median of the calls' times, each that of the slower proce
 
 import json
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tests.benchmarks.parameter_server_round_trip import echo_trip, start
+from tests.benchmarks.parameter_server_program import echo_trip
 
 WARM_UP_CALLS, MOST_CALLS, SECONDS = 3, 200, 1.0
 
@@ -66,15 +67,21 @@ def open_ranks(kind: str) -> tuple[Any, Callable[[int], Callable[[int], float]]]
     return world, prepare
 
 
+def start_echo() -> "subprocess.Popen[str]":
+    """A server of echoes."""
+    command = (sys.executable, "-m", "tests.benchmarks.parameter_server_program", "serve", "echo-threads")
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+
 def main() -> None:
     """Measure every size, then print."""
     kind, sizes = sys.argv[1], [int(word) for word in sys.argv[2:]]
     found: dict[int, float] = {}
     if kind == "echo":
         for elements in sizes:
-            server = start("serve", "echo", "-", 1)
+            server = start_echo()
             assert server.stdout is not None
-            trip = echo_trip(server.stdout.readline().split()[1], elements)
+            trip = echo_trip([server.stdout.readline().split()[1]], elements)
 
             def call(number: int, trip: Callable[[int], None] = trip) -> float:
                 began = time.perf_counter()

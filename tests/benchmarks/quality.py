@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import yaml
 
 from coordinator.launchers.local import LauncherMissing, find_worker
-from tests.benchmarks.__main__ import PEERS_ENVIRONMENT, positive_integer, tell
 from tests.benchmarks.cases import CASES, CONTEXT, LEARNING_RATE, Case
 from tests.benchmarks.contenders import PEERS
 from tests.benchmarks.machine import busy_cores, busy_warning, machine_facts
 from tests.benchmarks.measurement import BenchmarkFailed, Command, read_statement, run_command
+from tests.benchmarks.options import PEERS_ENVIRONMENT, positive_integer, tell
 from tests.benchmarks.real_text import bytes_for, join_texts, list_texts, split
 from tests.benchmarks.spread import spread
 from tests.benchmarks.table import Table, format_markdown, format_spread, format_text

@@ -151,12 +151,13 @@ def format_spread(values: Spread, digits: int) -> str:
 
 
 def format_text(table: Table) -> str:
-    """Columns of equal width; a network is named once."""
+    """Columns of equal width; a network is named once, and where one has several rows it stands apart."""
     widths = [max(map(len, column)) for column in zip(table.headings, *table.rows, strict=True)]
     lines = [_text_line(table.headings, widths), _text_line(["-" * width for width in widths], widths)]
     above = ""
+    grouped = len({row[0] for row in table.rows}) < len(table.rows)
     for row in table.rows:
-        if above and row[0] != above:
+        if grouped and above and row[0] != above:
             lines.append("")
         lines.append(_text_line(["" if row[0] == above else row[0], *row[1:]], widths))
         above = row[0]

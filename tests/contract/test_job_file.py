@@ -76,6 +76,20 @@ def test_a_wire_format_that_is_none_or_out_of_bounds_is_refused() -> None:
     assert faults_of("{top_k: {fraction: 0}}") == place + "0 is not above 0"
 
 
+def test_parameter_servers_take_every_wire_format_but_power_sgd() -> None:
+    def parameter_server(settings: str) -> str:
+        return minimal_with(f"sync: {{parameter_server: {settings}}}")
+
+    for kind in ("float32", "float16", "bfloat16", "int8", "top_k", "sign"):
+        spec = parse_job(parameter_server(f"{{wire_format: {kind}}}"))
+        assert spec.sync.parameter_server.wire_format.WhichOneof("kind") == kind
+    assert parse_job(parameter_server("{servers: 2}")).sync.parameter_server.wire_format.HasField("float32")
+    assert faults(parameter_server("{wire_format: power_sgd}")) == [
+        "sync.parameter_server.wire_format: power_sgd is for all_reduce, since its factors are sums over all nodes; "
+        "take int8 or another one here"
+    ]
+
+
 @pytest.mark.parametrize("example", sorted(path.name for path in EXAMPLES.glob("*.yaml")))
 def test_every_example_is_valid_and_reads_back_as_written(example: str) -> None:
     spec = read_job_file(EXAMPLES / example)

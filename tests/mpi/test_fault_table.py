@@ -1,76 +1,117 @@
-"""The fault table of all-reduce: a rank of three raises, is killed or is stopped, in each phase of a step and beyond.
+"""The fault table: a rank raises, is killed or is stopped, or a parameter server is, in each phase of a step.
 
-Every row ends within the stall limit and the seconds a launcher takes, with one line that names the rank at fault, its
-host, step and phase; the checkpoint of the epoch before stays readable, and no process is left. Print the table with
+Every row ends within the stall limit and the seconds a launcher takes. A rank's fault: one line names the rank, its
+host, step and phase; the checkpoint of the epoch before stays readable, and no process is left. A server's: it comes
+back and the job ends well and says what was lost; or one line names it. What a hostile worker does to a server is in
+tests/contract/test_hostile_workers.py, a server killed within a step in test_parameter_server_restart.py beside it.
+Print the table with
 
-    python -m pytest tests/mpi/test_fault_table.py -rP -q | grep '^row'
+    python -m pytest tests/mpi/test_fault_table.py tests/contract -k 'row or fault' -rP -q | grep '^row'
 """
 
-import os
+import re
 import socket
-import time
-from pathlib import Path
 
 import pytest
 
 from tests.mpi import jobs
-from worker.checkpoint import list_checkpoints, read_checkpoint
+from tests.mpi.fault_rows import OUTCOMES, PHASES, PROGRAM, STEPS_AN_EPOCH, run_row
+from tests.mpi.jobs import EPOCHS
 
-RANKS = 3
 STALL_SECONDS = 1.0
-LAUNCHER_SECONDS = 15.0  # to start and to end three ranks, on a machine that others use too
-PROGRAM = Path(__file__).parent / "programs" / "faulty_phase.py"
-STEPS_AN_EPOCH = 5
-
-# Which rank is at fault: in a checkpoint the one that writes it. And the step in which it is.
-PHASES = {
-    "data": (1, STEPS_AN_EPOCH + 1),
-    "forward": (1, STEPS_AN_EPOCH + 1),
-    "backward": (0, STEPS_AN_EPOCH + 1),
-    "exchange": (1, STEPS_AN_EPOCH + 1),
-    "update": (2, STEPS_AN_EPOCH + 1),
-    "evaluate": (1, 2 * STEPS_AN_EPOCH),
-    "checkpoint": (0, 2 * STEPS_AN_EPOCH),
-}
-# What is said behind the place.
-OUTCOMES = {
-    "raise": "internal error: ValueError: out of cheese",
-    "kill": "killed by a signal",
-    "stop": "no progress for",
-}
+# Parameter servers update within the exchange.
+SYNCS = {"all_reduce": (3, "all_reduce"), "parameter_server": (2, {"parameter_server": {}})}
+# A server that dies needs about a second to come back, and has half the stall limit; where it stays away, that is
+# what the row takes.
+RETURNING, AWAY = 40.0, 5.0
+HOST = socket.gethostname()
 
 
-@pytest.mark.parametrize("phase", PHASES)
+@pytest.mark.parametrize(
+    ("sync", "phase"), [(s, p) for s in SYNCS for p in PHASES if (s, p) != ("parameter_server", "update")]
+)
 @pytest.mark.parametrize("outcome", OUTCOMES)
-def test_a_fault_in_a_phase_ends_the_job_and_is_named(run_ranks, tmp_path, outcome, phase) -> None:
+def test_a_fault_in_a_phase_ends_the_job_and_is_named(run_ranks, tmp_path, outcome, phase, sync) -> None:
+    ranks, asked = SYNCS[sync]
     rank, step = PHASES[phase]
-    job = jobs.write_job(tmp_path, jobs.write_data(tmp_path / "data.npz"), limits={"stall_seconds": STALL_SECONDS})
-    processes = tmp_path / "processes"
-    processes.mkdir()
-    began = time.monotonic()
-    done = run_ranks(
-        RANKS,
-        [PROGRAM, outcome, phase, rank, processes, "train", job, "-o", tmp_path / "out"],
-        timeout_seconds=STALL_SECONDS + LAUNCHER_SECONDS,
-    )
-    seconds = time.monotonic() - began
-
-    said = (done.stdout + done.stderr).replace("\0", "")  # mpirun ends some of its messages with a NUL
-    errors = [line for line in said.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1, said
-    print(f"row {outcome:6} {phase:10} {seconds:5.1f} s  {errors[0]}")
-    assert done.returncode != 0
-    assert f"rank {rank} of {RANKS} on {socket.gethostname()}: " in errors[0]
-    assert f"step {step} (epoch 2), phase {phase}" in errors[0]
-    assert OUTCOMES[outcome] in errors[0]
-    assert "Traceback" not in said
-
-    found = [read_checkpoint(path).step for path in list_checkpoints(tmp_path / "out" / "checkpoints")]
+    row = run_row(run_ranks, tmp_path, (outcome, phase, rank), ranks, (STALL_SECONDS, STALL_SECONDS), asked)
+    assert len(row.errors) == 1, row.said
+    print(f"row {sync:16} rank   {outcome:6} {phase:10} {row.seconds:5.1f} s  {row.errors[0]}")
+    assert row.code != 0
+    assert f"rank {rank} of {ranks} on {HOST}: " in row.errors[0]
+    assert f"step {step} (epoch 2), phase {phase}" in row.errors[0]
+    assert OUTCOMES[outcome] in row.errors[0]
     # mpirun lets a stopped rank run on before it ends it: then the second checkpoint may become complete.
-    assert found == [STEPS_AN_EPOCH] or (outcome, found) == ("stop", [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH])
-    started = sorted(processes.iterdir())
-    assert len(started) == RANKS
-    assert [process for path in started if _runs(process := path.read_text())] == []
+    whole = [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH]
+    assert row.checkpoints == whole[:1] or (outcome, row.checkpoints) == ("stop", whole)
+    assert (row.started, row.running) == (ranks, [])
+
+
+@pytest.mark.parametrize(
+    ("phase", "servers"),
+    [("data", 1), ("forward", 2), ("backward", 1), ("exchange", 2), ("evaluate", 1), ("checkpoint", 2)],
+)
+def test_a_server_killed_in_a_phase_comes_back_and_the_job_ends_well(run_ranks, tmp_path, phase, servers) -> None:
+    sync = {"parameter_server": {"servers": servers, "snapshot_steps": 2}}
+    row = run_row(run_ranks, tmp_path, ("kill_server", phase, 0), 2, (RETURNING, RETURNING), sync)
+    assert row.code == 0, row.said
+    [back] = re.findall(r"^parameter server \S+ is back at step \d+: .* (\d+) steps are lost$", row.said, re.M)
+    print(f"row parameter_server server kill   {phase:10} {row.seconds:5.1f} s  {servers} servers, {back} steps lost")
+    assert "ended with code -9; it is started again from its last snapshot (1 of 3 times)" in row.said
+    told = jobs.summary(row.output)
+    assert (told["exchange"]["shard_restarts"], told["exchange"]["steps_lost"]) == (1, int(back))
+    assert told["steps"] == EPOCHS * STEPS_AN_EPOCH
+    assert row.running == []
+
+
+@pytest.mark.parametrize(
+    ("what", "phase", "mode", "place", "words"),
+    [
+        ("kill_server_for_good", "forward", "synchronous", "step 6: ", "(1 of 3 times)"),
+        ("lose_server", "backward", "synchronous", "step 6: ", "/no/such/python cannot be started"),
+        ("lose_server", "evaluate", "synchronous", "pull: ", "/no/such/python cannot be started"),
+        ("lose_server", "exchange", "asynchronous", "step ", "/no/such/python cannot be started"),
+    ],
+)
+def test_a_server_that_stays_away_ends_the_job_in_one_line(
+    run_ranks, tmp_path, what, phase, mode, place, words
+) -> None:
+    sync = {"parameter_server": {"servers": 2, "mode": mode}}
+    row = run_row(run_ranks, tmp_path, (what, phase, 0), 2, (AWAY, AWAY), sync)
+    # A server that is being started when the job ends may still say that its files are gone.
+    errors = [line for line in row.errors if "cannot be read: No such file" not in line]
+    assert errors, row.said
+    print(f"row parameter_server server {what} {phase:10} {row.seconds:5.1f} s  {errors[0]}")
+    assert row.code != 0
+    assert len(errors) == 1 or mode == "asynchronous"  # where each rank meets it on its own
+    for line in errors:
+        assert re.search(
+            rf"parameter server \S+ \(\d of 2\), {place}.*it is gone and did not come back within 2.5 s", line
+        )
+    assert words in row.said
+    assert row.checkpoints == [STEPS_AN_EPOCH]
+    assert row.running == []
+
+
+@pytest.mark.parametrize(
+    ("phase", "mode", "place"),
+    [
+        ("exchange", "synchronous", "step 6 (epoch 2), phase exchange"),
+        ("data", "asynchronous", "step 6 (epoch 2), phase exchange"),
+        ("evaluate", "synchronous", "step 10 (epoch 2), phase checkpoint"),
+    ],
+)
+def test_a_server_that_stands_still_is_named_by_who_waits_for_it(run_ranks, tmp_path, phase, mode, place) -> None:
+    sync = {"parameter_server": {"servers": 2, "mode": mode}}
+    row = run_row(run_ranks, tmp_path, ("stop_server", phase, 0), 2, (2 * STALL_SECONDS, 2 * STALL_SECONDS), sync)
+    assert row.errors, row.said
+    print(f"row parameter_server server stop   {phase:10} {row.seconds:5.1f} s  {row.errors[0]}")
+    assert row.code != 0
+    for line in row.errors:  # of asynchronous ranks each waits on its own
+        assert re.search(rf"rank \d of 2 on {HOST}: no progress for \d s in {re.escape(place)}; waits for", line)
+        assert re.search(r"waits for parameter server \S+ \(\d of 2\): it is stopped or overloaded", line)
+    assert row.checkpoints == [STEPS_AN_EPOCH]
+    assert row.running == []
 
 
 def test_without_shared_memory_the_ranks_that_may_be_late_are_named(run_ranks, tmp_path) -> None:
@@ -79,12 +120,7 @@ def test_without_shared_memory_the_ranks_that_may_be_late_are_named(run_ranks, t
     job = jobs.write_job(tmp_path, jobs.write_data(tmp_path / "data.npz"), limits=limits, sync=sync)
     processes = tmp_path / "processes"
     processes.mkdir()
-    done = run_ranks(RANKS, [PROGRAM, "stop", "forward", 2, processes, "train", job, "-o", tmp_path / "out"])
-    host = socket.gethostname()
-    waits = f"error: rank 0 of {RANKS} on {host}: no progress for 1 s in step 6 (epoch 2), phase exchange; "
-    assert f"{waits}waits for rank 1, 2 on {host}: " in done.stderr
+    done = run_ranks(3, [PROGRAM, "stop", "forward", 2, processes, "train", job, "-o", tmp_path / "out"])
+    waits = f"error: rank 0 of 3 on {HOST}: no progress for 1 s in step 6 (epoch 2), phase exchange; "
+    assert f"{waits}waits for rank 1, 2 on {HOST}: " in done.stderr
     assert "Traceback" not in done.stderr
-
-
-def _runs(process: str) -> bool:
-    return os.path.exists(f"/proc/{process}") and "faulty_phase" in Path(f"/proc/{process}/cmdline").read_text()

@@ -46,11 +46,15 @@ class TopKCodec:
         out[4 * kept :].view(np.uint16)[:] = chosen
 
     def decode(self, encoded: Bytes, out: Float32) -> None:
-        """As in Codec. ValueError where an index lies outside the block."""
+        """As in Codec. ValueError where an index lies outside the block, or does not follow those before."""
         kept = self._kept(len(out))
         indices = encoded[4 * kept :].view(np.uint16)
         if indices.max(initial=0) >= len(out):
             raise ValueError(f"index {indices.max()} lies outside a block of {len(out)}")
+        falling = np.flatnonzero(indices[1:] <= indices[:-1])
+        if len(falling):
+            first = falling[0]
+            raise ValueError(f"index {indices[first + 1]} follows {indices[first]}: they must rise")
         out[:] = 0
         out[indices] = encoded[: 4 * kept].view(np.float32)
 

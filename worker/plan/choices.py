@@ -25,6 +25,7 @@ class WireFormat(NamedTuple):
     decode_each: float
     sums_well: bool  # a sum is encoded once more; where not, every node sends all it has to every other
     change: Change = Change.ROUNDING
+    answer: WireFormat | None = None  # in which a parameter server's answers travel, where it is another
 
 
 FLOAT32: Final = WireFormat("float32", float(FLOAT32_BYTES), 0.0, 0.0, True, Change.NOTHING)

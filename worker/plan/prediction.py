@@ -119,32 +119,36 @@ def _push_and_pull(
     All pushes come in by the server's link and all answers leave by it; a chunk's answer leaves when its last push has
     arrived, so the two directions overlap but for one chunk. The server takes the pushes one by one.
     """
-    size = choice.wire.bytes_per_element * work.parameters
+    wire, back = choice.wire, choice.wire.answer or choice.wire
+    push, answer = (one.bytes_per_element * work.parameters for one in (wire, back))
     pushes = 1 if practice.node_pushes_once else cluster.ranks_per_node
     hosts = min(choice.servers, cluster.nodes) if practice.servers_spread else 1
     remote = (cluster.nodes - 1) * pushes
     # With shards on other nodes too, a server's node pushes to those, and gets its weights from them.
-    loads = remote / hosts + pushes * (hosts - 1) / hosts
+    elsewhere = pushes * (hosts - 1) / hosts
+    sent, taken = remote / hosts * answer + elsewhere * push, remote / hosts * push + elsewhere * answer
     chunks = max(choice.servers // hosts, round(work.parameters / hosts / CHUNK_ELEMENTS), 1)
 
-    def on_link(load: float) -> float:
-        one_way = load * size * cluster.seconds_per_byte
-        return 2 * one_way if cluster.shared_link else one_way * (1 + 1 / chunks)
+    def on_link(sent: float, taken: float) -> float:
+        if cluster.shared_link:
+            return (sent + taken) * cluster.seconds_per_byte
+        return max(sent, taken) * cluster.seconds_per_byte * (1 + 1 / chunks)
 
     def in_server(workers: float) -> float:
         return workers * work.gradient_bytes / choice.servers * machine.grpc.each
 
     everyone = cluster.nodes * pushes
-    # A worker encodes its push and decodes the answer; the server decodes everyone's.
-    wire, decoded = choice.wire, everyone / choice.servers + 1
-    coding = (wire.encode_each + wire.decode_each * decoded) * work.parameters
-    whole = max(on_link(loads * hosts if cluster.shared_link else loads), in_server(everyone))
-    alone = max(on_link(pushes), in_server(pushes)) if cluster.nodes > 1 else whole
+    # A worker encodes its push and decodes the answer; the server decodes everyone's, and encodes one answer for all.
+    in_shard = (everyone * wire.decode_each + back.encode_each) / choice.servers
+    coding = (wire.encode_each + back.decode_each + in_shard) * work.parameters
+    links = hosts if cluster.shared_link else 1
+    whole = max(on_link(sent * links, taken * links), in_server(everyone))
+    alone = max(on_link(pushes * answer, pushes * push), in_server(pushes)) if cluster.nodes > 1 else whole
     latency = machine.grpc.fixed + (2 * cluster.latency_seconds if cluster.nodes > 1 else 0.0)
     within = (cluster.ranks_per_node - 1) * work.gradient_bytes / cluster.ranks_per_node * machine.sum_each
     summed = within if practice.node_pushes_once else 0.0
     own = min(alone, whole)
-    return own + coding + summed, whole - own + latency, loads * size
+    return own + coding + summed, whole - own + latency, sent
 
 
 def _memory(machine: Machine, work: Workload, cluster: Cluster, choice: Choice) -> float:
@@ -154,8 +158,8 @@ def _memory(machine: Machine, work: Workload, cluster: Cluster, choice: Choice) 
     held = machine.base_memory_bytes + work.gradient_bytes + work.buffer_bytes * at_once
     if work.micro_batch and work.micro_batch < share:
         held += work.gradient_bytes
-    if choice.kind == "parameter_server":
-        return held + work.gradient_bytes
-    vectors = 1 + work.state_arrays + (1 if cluster.nodes > 1 else 0) + (2 if choice.kind == "local" else 0)
     residual = 1 if choice.change is Change.ROUNDING else 0
+    if choice.kind == "parameter_server":
+        return held + work.gradient_bytes * (1 + residual / cluster.ranks_per_node)
+    vectors = 1 + work.state_arrays + (1 if cluster.nodes > 1 else 0) + (2 if choice.kind == "local" else 0)
     return held + (vectors + residual) * work.gradient_bytes / cluster.ranks_per_node

@@ -14,8 +14,8 @@ import numpy as np
 
 from protos import job_pb2
 from protos.rules import resolve, schema_of
-from worker.compression import FORMATS, make_codec
-from worker.compression.codec import BLOCK_ELEMENTS, encode_with_feedback, encoded_bytes
+from worker.compression import FORMATS, make_answer_codec, make_codec
+from worker.compression.codec import BLOCK_ELEMENTS, Codec, encode_with_feedback, encoded_bytes
 from worker.compression.codec import decode as decode_all
 from worker.plan.choices import FLOAT32, WireFormat
 from worker.plan.machine import undisturbed
@@ -33,7 +33,14 @@ def measure_formats(job: job_pb2.JobSpec, parameters: int) -> tuple[list[WireFor
 
 
 def _measured(job: job_pb2.JobSpec, name: str, elements: int) -> WireFormat:
-    codec = make_codec(_settings(job, name))
+    settings, format_ = _settings(job, name), FORMATS[name]
+    measured = _coded(name, make_codec(settings), elements, format_.sums_well)
+    if not format_.answer:
+        return measured
+    return measured._replace(answer=_coded(name, make_answer_codec(settings), elements, format_.sums_well))
+
+
+def _coded(name: str, codec: Codec, elements: int, sums_well: bool) -> WireFormat:
     vector = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
     residual, decoded = np.zeros_like(vector), np.empty_like(vector)
     scratch = np.empty(min(elements, BLOCK_ELEMENTS), np.float32)
@@ -46,11 +53,7 @@ def _measured(job: job_pb2.JobSpec, name: str, elements: int) -> WireFormat:
         decode_all(codec, encoded, decoded)
 
     return WireFormat(
-        name,
-        len(encoded) / elements,
-        _seconds(encode) / elements,
-        _seconds(decode) / elements,
-        FORMATS[name].sums_well,
+        name, len(encoded) / elements, _seconds(encode) / elements, _seconds(decode) / elements, sums_well
     )
 
 

@@ -30,11 +30,9 @@ def check_push(
         step: applied to every chunk.
         terms: the open step's first push by a founding worker, which all others must agree with.
     """
-    members.check(push.worker, push.generation)
+    members.check_joined(push.worker, push.generation)
     where = f"{members.name(push.worker)}, step {push.step}, offset {push.offset}"
     founding = members.is_founding(push.worker)
-    if push.worker not in (members.joined if founding else members.present):
-        raise Conflict(f"{where}: it has not joined")
     chunk = chunks.get(push.offset)
     if chunk is None:
         raise Refused(

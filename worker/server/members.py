@@ -106,6 +106,12 @@ class Members:
             raise Apart(f"guest {worker} is not known here; join again")
         raise Refused(f"worker {worker} does not exist: there are {len(self._founding)}, counted from 0")
 
+    def check_joined(self, worker: int, generation: int) -> None:
+        """Refuse whoever could not push."""
+        self.check(worker, generation)
+        if worker not in (self.joined if worker in self._founding else self.present):
+            raise Conflict(f"{self.name(worker)} has not joined")
+
     def welcome(self, number: int, step: int, now: float) -> int:
         """Take in a guest, by the number that the authority gave it; -1 where this is the authority."""
         if len(self.guests) >= MOST_GUESTS:

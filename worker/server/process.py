@@ -26,6 +26,7 @@ from protos import environment, job_pb2
 from protos.job_file import to_yaml
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.modes import mode_of
+from worker.server.published import ShardWire, open_wire
 from worker.server.pushes import ShardSetup
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
@@ -121,21 +122,24 @@ def serve_parameters(
     shard = load_shard(start_file, spec, workers, generation, part, restored)
     every_steps = spec.sync.parameter_server.snapshot_steps
     keeper = Snapshots(shard, start_file, every_steps) if snapshots else None
+    wire = open_wire(shard, spec.sync.parameter_server.wire_format)
     # A rank reports what overflows, by step; here it would be a second voice.
     with np.errstate(over="ignore", invalid="ignore"):
-        asyncio.run(_serve(shard, token, listen, keeper, to_yaml(spec)))
+        asyncio.run(_serve(shard, token, listen, keeper, wire, to_yaml(spec)))
     if snapshots:
         start_file.unlink(missing_ok=True)  # whoever would have started it again is gone or needs it no more
 
 
-async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | None, job: str) -> None:
+async def _serve(
+    shard: Shard, token: str, listen: str, snapshots: Snapshots | None, wire: ShardWire | None, job: str
+) -> None:
     from worker.server.service import ParameterServer
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, over.set)
-    server = ParameterServer(shard, token, snapshots, job)
+    server = ParameterServer(shard, token, snapshots, wire, job)
     try:
         port = await server.start(listen)
     except RuntimeError as error:
@@ -191,12 +195,15 @@ def start_server_process(
     if part.of is not None:
         arguments += ["--part", str(part.first), str(part.of)]
     arguments += ["--snapshots"] * snapshots + ["--restored"] * restored
-    process = subprocess.Popen(
-        [*program, *arguments],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=_child_environment(os.environ, token),
-    )
+    try:
+        process = subprocess.Popen(
+            [*program, *arguments],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=_child_environment(os.environ, token),
+        )
+    except OSError as error:
+        raise TrainingFault(f"parameter server: {program[0]} cannot be started: {error.strerror}") from error
     line = _first_line(process, time.monotonic() + timeout_seconds)
     if not line.startswith(_READY):
         code = process.poll()

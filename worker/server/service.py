@@ -21,6 +21,7 @@ from google.protobuf.message import DecodeError
 
 from protos import parameter_server_pb2 as pb
 from worker.server.broadcast import Broadcaster
+from worker.server.published import ShardWire, check_format
 from worker.server.pushes import NO_GUESTS, Answer, Apart, Conflict, Push, Refused
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
@@ -62,14 +63,18 @@ def status_of(refusal: Refused) -> grpc.StatusCode:
 class ParameterServer:
     """A gRPC server around one shard."""
 
-    def __init__(self, shard: Shard, token: str, snapshots: Snapshots | None = None, job: str = "") -> None:
-        """`job`: the text of the job file as resolved, for guests."""
+    def __init__(
+        self, shard: Shard, token: str, snapshots: Snapshots | None = None, wire: ShardWire | None = None,
+        job: str = "",
+    ) -> None:  # fmt: skip
+        """Take `wire`, for a job's lossy wire format, None for float32; and `job`, the text that guests are told."""
         self._shard = shard
         self._job = job
         self._addresses: list[str] = []  # as the founding workers have told
         self._ranks = 0
         self._broadcaster = Broadcaster(shard)
         self._snapshots = snapshots
+        self._wire = wire
         self._all_joined = asyncio.Event()  # of a shard that is back from a snapshot
         self._streams: dict[int, asyncio.Queue[bytes | End]] = {}
         self._server = grpc.aio.server(
@@ -120,6 +125,7 @@ class ParameterServer:
         terms = request.generation, request.parameter_count, request.layout_digest, request.step
         number = request.worker
         try:
+            check_format(request.worker, request.wire_format, self._wire)
             if guest:
                 number = shard.welcome(number, *terms, _now())
             else:
@@ -127,6 +133,8 @@ class ParameterServer:
                 self._addresses, self._ranks = list(request.addresses) or self._addresses, request.ranks
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
+        if self._wire:
+            self._wire.join(number)
         if not shard.awaits_workers:
             self._all_joined.set()
         await self._all_joined.wait()  # until the caller's deadline at the latest
@@ -166,6 +174,8 @@ class ParameterServer:
             self._send(self._shard.leave(request.worker, request.generation))
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))
+        if self._wire:
+            self._wire.forget(request.worker)
         self._spread_news()
         return pb.LeaveResponse()
 
@@ -183,6 +193,12 @@ class ParameterServer:
             arrays |= {f"optimizer.{name}": array for name, array in shard.state.items()}
         if at_once:  # workers at their own pace leave no pause between steps
             arrays = {name: array.copy() for name, array in arrays.items()}
+        if request.publish and self._wire:
+            try:
+                shard.members.check(request.worker, request.generation)
+            except Refused as refusal:
+                await context.abort(status_of(refusal), str(refusal))
+            self._wire.publish(request.worker, arrays["parameters"])
         begin = shard.setup.start
         for name, array in arrays.items():
             for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
@@ -231,7 +247,10 @@ class ParameterServer:
 
     def _tie(self, head: pb.ExchangeRequest, answers: "asyncio.Queue[bytes | End]") -> int:
         """Make this the stream of the worker that its first message names."""
-        self._shard.members.check(head.worker, head.generation)
+        if self._shard.members.is_founding(head.worker):
+            self._shard.members.check_joined(head.worker, head.generation)
+        else:
+            self._shard.members.check(head.worker, head.generation)
         if head.worker in self._streams:
             raise Conflict(f"worker {head.worker} has a stream already: two processes have the same number")
         self._shard.open(head.worker, head.generation, _now())
@@ -245,9 +264,12 @@ class ParameterServer:
             self._shard.hear(worker, _now())
             self._streams[worker].put_nowait(NOTHING)
             return
-        if len(payload) % 4:
+        if self._wire:
+            gradient = self._wire.gradient(head, payload)
+        elif len(payload) % 4:
             raise Refused(f"worker {worker}, step {head.step}, offset {head.offset}: {len(payload)} bytes of float32")
-        gradient = as_array(payload)
+        else:
+            gradient = as_array(payload)
         push = Push(
             head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
             tuple(head.totals), head.share_samples, tuple(head.guests),
@@ -256,11 +278,14 @@ class ParameterServer:
 
     def _send(self, answers: list[Answer]) -> None:
         for answer in answers:
+            if self._streams.keys().isdisjoint(answer.workers):
+                continue
             reply = pb.ExchangeResponse(
                 step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness,
                 guests=answer.guests, samples=answer.samples,
             )  # fmt: skip
-            data = encode(reply, WEIGHTS, answer.weights)
+            weights = self._wire.answer(answer, reply) if self._wire else answer.weights
+            data = encode(reply, WEIGHTS, weights)
             for waiting in answer.workers:
                 if waiting in self._streams:
                     self._streams[waiting].put_nowait(data)

@@ -134,6 +134,8 @@ class Shard:
     def open(self, worker: int, generation: int, now: float) -> None:
         """A worker's stream is there."""
         self.members.check(worker, generation)
+        if self.members.is_founding(worker):
+            self.members.check_joined(worker, generation)
         if self.fault is not None:
             raise Conflict(self.fault)
         if worker not in self.members.guests:
@@ -247,7 +249,7 @@ class Shard:
     def receive(self, push: Push, now: float) -> list[Answer]:
         """Take one push; answer whoever's wait it ends. A push seen before is applied once and answered again."""
         if self.fault is not None:
-            self.members.check(push.worker, push.generation)
+            self.members.check_joined(push.worker, push.generation)
             raise Conflict(self.fault)
         chunk = check_push(
             push, self.setup, self.members, self._chunks, self._subtrees, self.step, self._terms
@@ -256,7 +258,7 @@ class Shard:
         if self._own_pace:
             return self._advanced(self._own_pace.receive(chunk, push, now))
         if chunk.step == push.step:
-            return [self._answer(chunk, (push.worker,))]
+            return [self._answer(chunk, (push.worker,))._replace(again=True)]
         if push.worker in chunk.held:
             return []
         if self._terms is None and self.members.is_founding(push.worker):

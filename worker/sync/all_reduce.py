@@ -343,17 +343,20 @@ def _sum(chunk: Chunk) -> None:
         sum_in_order(chunk.gradients, chunk.total)
 
 
-def leave_shared_memory(world: World, wanted: bool, parameter_count: int, sum_count: int) -> str | None:
+def leave_shared_memory(
+    world: World, wanted: bool, parameter_count: int, sum_count: int, more_bytes: int = 0
+) -> str | None:
     """Make every rank its own node where that is asked for, or the windows would not fit; returns a line that says why.
 
     Args:
         sum_count: float64 sums of one rank that lie in windows too.
+        more_bytes: of what else the node holds once.
     """
     local_ranks = world.node_comm.Get_size()
     if not wanted:
         reason = "sync.all_reduce.shared_memory is off"
     else:
-        needed = (4 * parameter_count + 8 * sum_count) * (local_ranks + 1) + local_ranks * WINDOWS_BYTES
+        needed = (4 * parameter_count + 8 * sum_count) * (local_ranks + 1) + local_ranks * WINDOWS_BYTES + more_bytes
         shortage = shared_memory_shortage(needed) if local_ranks > 1 else None
         found = [f"{host}: {why}" for host, why in world.gather_everywhere([world.host, shortage]) if why]
         if not found:

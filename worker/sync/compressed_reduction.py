@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from protos import job_pb2
-from worker.compression import FORMATS, make_codec
+from worker.compression import FORMATS, kind_of, make_codec
 from worker.compression.codec import BLOCK_ELEMENTS, Codec, blocks, decode, encode_with_feedback, encoded_bytes
 from worker.engine.layers.layer import Finished
 from worker.engine.params import ParameterSlot
@@ -42,7 +42,7 @@ class Wire(NamedTuple):
     @property
     def kind(self) -> str:
         """The format's word."""
-        return str(self.wire_format.WhichOneof("kind") or "float32")
+        return kind_of(self.wire_format)
 
     @property
     def lossy(self) -> bool:

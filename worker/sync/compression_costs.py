@@ -1,12 +1,14 @@
 """What compression cost and saved on one rank, and whether it paid: measured while the run goes on.
 
 Rules: the bandwidth is the best seen, at the start or in any one step, because what a step waits for its peers is no
-fault of the network; so savings are rather understated. Coding time is this rank's own.
+fault of the network; so savings are rather understated. With parameter servers it is seen at the start and where whole
+weights are taken, and never in a step, which is servers' work too. Coding time is this rank's own, and that of servers
+while it waits for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
 from typing import Any
@@ -14,26 +16,19 @@ from typing import Any
 import numpy as np
 
 TRIAL_BYTES = 256 << 10  # 20 ms at 100 Mbit/s
-MOST_TRIALS, BUDGET_SECONDS = 64, 0.05  # the best of many: on a busy machine most are disturbed
+FIRST_TRIAL_BYTES = 4 << 10
+FEWEST_TRIALS, MOST_TRIALS, BUDGET_SECONDS = 3, 64, 0.05  # the best of many: on a busy machine most are disturbed
 
 
-class CompressionCosts:
-    """Seconds and bytes of one rank's exchange with its peers since the exchange was opened."""
+class Costs:
+    """Seconds and bytes of one rank's exchange since it was opened."""
 
-    def __init__(self, peers: Any) -> None:
-        """`peers`: communicator of those who exchange a slice. Collective among them."""
-        size = peers.Get_size()
+    def __init__(self, bytes_per_second: float = 0.0) -> None:
+        """`bytes_per_second`: as far as it is known at the start."""
         self.sent_bytes = 0
-        self.last_sent_bytes = 0  # of the last step
         self.float32_bytes = 0  # what float32 would have sent
         self.coding_seconds = 0.0
-        self._bandwidth = _measured_bandwidth(peers)  # bytes/s
-        self._share = 2 * (size - 1) / size  # of a vector, that an all-reduce sends from each peer
-        self._began = self._coding_before = 0.0
-
-    def begin(self) -> None:
-        """A step's exchange begins."""
-        self._began, self._coding_before = perf_counter(), self.coding_seconds
+        self._bandwidth = bytes_per_second
 
     @contextmanager
     def coding(self) -> Iterator[None]:
@@ -42,18 +37,12 @@ class CompressionCosts:
         yield
         self.coding_seconds += perf_counter() - began
 
-    def end(self, sent: int, elements: int) -> None:
-        """The exchange of `elements` is over, in which `sent` bytes left this rank."""
-        seconds = perf_counter() - self._began - (self.coding_seconds - self._coding_before)
-        self.sent_bytes += sent
-        self.last_sent_bytes = sent
-        self.float32_bytes += self.all_reduced(elements)
+    def sent(self, count: int, seconds: float, float32_bytes: int) -> None:
+        """`count` bytes travelled, within `seconds` (coding left out), in the place of `float32_bytes`."""
+        self.sent_bytes += count
+        self.float32_bytes += float32_bytes
         if seconds > 0:
-            self._bandwidth = max(self._bandwidth, sent / seconds)
-
-    def all_reduced(self, elements: int) -> int:
-        """Bytes that leave each rank in an all-reduce of so many float32 elements, in the fewest way there is."""
-        return int(4 * elements * self._share)
+            self._bandwidth = max(self._bandwidth, count / seconds)
 
     def facts(self, wire_format: str) -> dict[str, Any]:
         """For summary.json; the names are the contract's."""
@@ -67,6 +56,32 @@ class CompressionCosts:
             "saved_seconds": saved,
             "compression_paid": saved > self.coding_seconds,
         }
+
+
+class CompressionCosts(Costs):
+    """Of an exchange among peers, which send each other as much as they take."""
+
+    def __init__(self, peers: Any) -> None:
+        """`peers`: communicator of those who exchange a slice. Collective among them."""
+        super().__init__(_measured_bandwidth(peers))
+        size = peers.Get_size()
+        self.last_sent_bytes = 0  # of the last step
+        self._share = 2 * (size - 1) / size  # of a vector, that an all-reduce sends from each peer
+        self._began = self._coding_before = 0.0
+
+    def begin(self) -> None:
+        """A step's exchange begins."""
+        self._began, self._coding_before = perf_counter(), self.coding_seconds
+
+    def end(self, sent: int, elements: int) -> None:
+        """The exchange of `elements` is over, in which `sent` bytes left this rank."""
+        seconds = perf_counter() - self._began - (self.coding_seconds - self._coding_before)
+        self.last_sent_bytes = sent
+        self.sent(sent, seconds, self.all_reduced(elements))
+
+    def all_reduced(self, elements: int) -> int:
+        """Bytes that leave each rank in an all-reduce of so many float32 elements, in the fewest way there is."""
+        return int(4 * elements * self._share)
 
 
 def _measured_bandwidth(peers: Any) -> float:
@@ -84,6 +99,23 @@ def _measured_bandwidth(peers: Any) -> float:
     first: float = max(peers.allgather(seconds()))  # the same on every peer, and so the number of trials
     trials = int(min(MOST_TRIALS, BUDGET_SECONDS / first))
     return TRIAL_BYTES / min([first, *(seconds() for _ in range(trials))])
+
+
+def best_bandwidth(send: Callable[[int], None]) -> float:
+    """Bytes/s of `send`, which returns when so many bytes have come to the other side: the best of trials that grow.
+
+    They grow so that a network of 1 Mbit/s is not kept busy for seconds.
+    """
+    send(1)  # wakes whoever takes part
+    best, spent, size = 0.0, 0.0, FIRST_TRIAL_BYTES
+    for trial in range(1, MOST_TRIALS + 1):
+        began = perf_counter()
+        send(size)
+        taken = perf_counter() - began
+        best, spent, size = max(best, size / taken), spent + taken, min(4 * size, TRIAL_BYTES)
+        if trial >= FEWEST_TRIALS and spent > BUDGET_SECONDS:
+            break
+    return best
 
 
 def uncompressed(wire_format: str) -> dict[str, Any]:

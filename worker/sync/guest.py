@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import NotAllowedFault, TrainingFault, UnreachableFault
+from worker.sync.exchange_stream import words
 from worker.sync.parameter_server import JOIN_TIMEOUT_SECONDS, WEIGHTS, ParameterServerExchange, check_ranges
-from worker.sync.server_connection import Server, words
+from worker.sync.server_connection import Server
 from worker.wire import Float32, decode
 
 SIGNS_IN_A_LEASE = 5
@@ -164,8 +165,7 @@ class GuestExchange(ParameterServerExchange):
                 step, missing = head.step, dict(server.chunks)
             if wanted is not None and step < wanted:
                 continue
-            stop = missing.pop(head.offset)
-            self._into[4 * head.offset : 4 * stop] = payload
+            self.wire.take(head, payload, missing.pop(head.offset))
             if head.offset == 0:
                 self.guests = tuple(head.guests)
         return step

@@ -22,7 +22,8 @@ class Accusation(NamedTuple):
     """What a rank that has waited too long can say."""
 
     lines: tuple[str, ...]  # one for each rank that is late; empty where it cannot be told
-    turn: int  # how many others are to speak before: first the lowest that waits, of the machine where one is late
+    turn: int  # how many others are to speak before: first who waits for a server, or the lowest that waits, of the
+    # machine where one is late
 
 
 class Heartbeats:
@@ -65,12 +66,15 @@ class Heartbeats:
             waiting = [one.rank for one in seen if one not in guilty]
             return Accusation(lines, int(own != min(waiting, default=own)))
         lowest = own == min((one.rank for one in seen), default=own)
-        if not self._elsewhere:
-            return Accusation((), int(not lowest))
-        there = " or ".join(f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items())
+        awaits = self._world.awaits
+        awaited = awaits() if awaits else ""
+        if not self._elsewhere and not awaited:
+            return Accusation((), int(not lowest) + (awaits is not None))
+        others = [f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items()]
+        there = " or ".join([awaited, *others] if awaited else others)
         here = self._world.beat.seen()
         line = f"{_stuck(self._who(here), here, now)}; waits for {there}: {remedy}"
-        return Accusation((line,), 1 if lowest else 2)
+        return Accusation((line,), 0 if not others else 1 if lowest else 2)
 
     def spoken(self) -> bool:
         """Whether a rank of this machine has said why the job ends."""

@@ -8,7 +8,7 @@ A server whose connection is lost is given `return_seconds` to come back, from i
 again, tells it the steps done, repeats the step's pushes and counts the steps that were lost.
 
 Rules: arrays are filled in place. The gradient is not touched until `step` returns. Every wait has a deadline; what it
-raises names the server, the step, what was waited for and how long.
+raises names the server, the step, what was waited for and how long. `close` leaves no thread behind.
 """
 
 import queue
@@ -25,7 +25,9 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
-from worker.sync.server_connection import SERVICE, Push, Server, lost, queued, words
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
+from worker.sync.server_connection import SERVICE, Server, queued
+from worker.sync.server_wire import ChunkPush, Lossy, open_wire
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
@@ -48,7 +50,7 @@ class ParameterServerExchange:
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
         pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int, int], int] | None = None,
-        ranks: int = 0,
+        lossy: Lossy | None = None, ranks: int = 0,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -61,6 +63,7 @@ class ParameterServerExchange:
                 out in the place of `gradient` and `totals`.
             share_of: from the samples of a batch, and how many guests share in it, to how many of them this worker
                 computes; None: an equal share.
+            lossy: the wire format, where it is not float32, and the residual to go on from.
             ranks: those that mpirun started; guests are told.
         """
         self.sent_bytes = 0
@@ -76,8 +79,8 @@ class ParameterServerExchange:
         self._who = f"worker {worker} of {workers}"
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
-        self._gradient, self._pushed_totals = pushed or (gradient, totals)
-        self._into = parameters.data.cast("B")
+        pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
+        self.wire = open_wire(lossy, pushed_gradient, parameters)
         self._timeout_seconds = timeout_seconds
         self._servers = [Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
@@ -87,7 +90,9 @@ class ParameterServerExchange:
         self.samples = 0  # that the totals of the last step are of, as it tells
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
+        self._awaited: Server | None = None
         self._closed = threading.Event()
+        self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
     def join(self) -> int:
         """Agree on the model with every server, open the streams, and return the steps already applied.
@@ -111,24 +116,34 @@ class ParameterServerExchange:
             self._open_stream(server)
         for server in self._own:
             self._next(server, "join", "its stream", began)
+        if self._own:
+            self.wire.measure(lambda size: self._round_trip(self._own[0], size))
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
 
     def _begin(self) -> None:
         keep_freed_memory()
-        threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True).start()
+        self._watching.start()
 
     @property
     def held(self) -> list[tuple[range, str]]:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
         return [(server.range, server.address) for server in self._own]
 
+    def awaits(self) -> str:
+        """Which server an answer is waited for from, now; "" for none. From any thread."""
+        server = self._awaited
+        return self._name(server) if server else ""
+
+    def _name(self, server: Server) -> str:
+        return f"parameter server {server.address} ({self._servers.index(server) + 1} of {len(self._servers)})"
+
     def _join(self, server: Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
-            layout_digest=self._layout_digest, step=self._step, ranks=self._ranks,
-            addresses=[other.address for other in self._servers],
+            layout_digest=self._layout_digest, step=self._step, wire_format=self.wire.wire_format,
+            ranks=self._ranks, addresses=[other.address for other in self._servers],
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
@@ -136,9 +151,8 @@ class ParameterServerExchange:
         return response
 
     def _open_stream(self, server: Server) -> None:
-        # Chunks pass as bytes, worker/wire.py reads and writes them; bytes(x) of bytes is x itself.
-        exchange = server.channel.stream_stream(f"/{SERVICE}/Exchange", bytes, bytes)
-        server.stream = exchange(self._requests(server, server.outgoing), metadata=server.metadata)
+        requests = self._requests(server, server.outgoing)
+        server.stream = ExchangeStream(server.channel, f"/{SERVICE}/Exchange", requests, server.metadata)
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Push the gradient (sums over this worker's samples), return with the weights after `step` (from 1).
@@ -149,39 +163,45 @@ class ParameterServerExchange:
         self._expires = time.monotonic() + self._timeout_seconds
         terms = samples, learning_rate, self._share_of(samples, len(self.guests)), self.guests
         queues = [
-            [Push(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())] for server in self._own
+            [ChunkPush(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())]
+            for server in self._own
         ]
         for server, pushes in zip(self._own, queues, strict=True):
             for push in pushes:
                 server.outgoing.put(push)
         for server, pushes in zip(self._own, queues, strict=True):
+            self._awaited = server
             self._receive(server, step, began, pushes)
+        self._awaited = None
         self._step = step
         self._expires = float("inf")
         self.wait_seconds += time.perf_counter() - began
 
-    def pull(self, state: bool = True) -> dict[str, Float32]:
+    def pull(self, state: bool = True, publish: bool = False) -> dict[str, Float32]:
         """The weights as `parameters` and, with `state`, the optimizer's arrays as `optimizer.<name>`; all copies.
 
-        Between two steps only.
+        Between two steps only. `publish`: this worker's next step begins with these weights (PullRequest).
         """
+        request = pb.PullRequest(state=state, publish=publish, worker=self._worker, generation=self._generation)
         arrays: dict[str, Float32] = {}
         steps = set()
         for server in self._servers:
+            self._awaited = server
             try:
-                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, state, arrays)))  # noqa: B023
+                steps.add(self._with_retries(server, "pull", lambda: self._pull(server, request, arrays)))  # noqa: B023
             except grpc.RpcError as error:
                 raise TrainingFault(f"parameter server {server.address}, pull: {words(error)}") from error
+        self._awaited = None
         # Behind the others is only one that came back and has not met its workers again; it does at the next step.
         if max(steps) != min(steps) and not self._return_seconds:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
 
-    def _pull(self, server: Server, state: bool, arrays: dict[str, Float32]) -> int:
+    def _pull(self, server: Server, request: pb.PullRequest, arrays: dict[str, Float32]) -> int:
         """Fill in what one server holds; the step its chunks are of."""
         stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
         step = 0
-        for data in stream(pb.PullRequest(state=state), timeout=self._timeout_seconds, metadata=server.metadata):
+        for data in stream(request, timeout=self._timeout_seconds, metadata=server.metadata):
             head, payload = decode(pb.PullResponse, DATA, data)
             array = arrays.setdefault(head.name, np.empty(len(self._parameters), np.float32))
             chunk = as_array(payload)
@@ -200,10 +220,9 @@ class ParameterServerExchange:
                 if not self._return_seconds or not lost(error):
                     raise
                 if time.monotonic() + pause > deadline:
-                    index = self._servers.index(server) + 1
                     raise TrainingFault(
-                        f"parameter server {server.address} ({index} of {len(self._servers)}), {when}: it is gone and "
-                        f"did not come back within {self._return_seconds:g} s; its own message is above"
+                        f"{self._name(server)}, {when}: it is gone and did not come back within "
+                        f"{self._return_seconds:g} s; its own message is above"
                     ) from error
             if self._closed.wait(pause):
                 raise TrainingFault(f"parameter server {server.address}, {when}: closed meanwhile")
@@ -226,14 +245,23 @@ class ParameterServerExchange:
         self._closed.set()
         for server in self._servers:
             server.close()
+        if self._watching.ident is not None:
+            self._watching.join(END_SECONDS)
 
-    def _requests(self, server: Server, outgoing: "queue.SimpleQueue[Push | None]") -> Iterator[bytes]:
+    def _round_trip(self, server: Server, size: int) -> None:
+        """Send so many bytes that the server ignores, and wait for its answer."""
+        began = time.perf_counter()
+        request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
+        server.outgoing.put(request.SerializeToString())
+        self._next(server, "join", "its answer to a trial of the network", began)
+
+    def _requests(self, server: Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
         nothing = pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
         yield nothing
         for push in queued(outgoing, server.heard_every):
-            if push is None:
-                yield nothing
+            if not isinstance(push, ChunkPush):
+                yield push or nothing
                 continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
@@ -241,11 +269,11 @@ class ParameterServerExchange:
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
                 share_samples=push.share, guests=push.guests,
             )  # fmt: skip
-            data = encode(head, GRADIENT, np.ascontiguousarray(self._gradient[..., push.start : push.stop]).reshape(-1))
+            data = encode(head, GRADIENT, self.wire.outgoing(push))
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: Server, step: int, began: float, pushes: list[Push]) -> None:
+    def _receive(self, server: Server, step: int, began: float, pushes: list[ChunkPush]) -> None:
         missing = dict(server.chunks)
         while missing:
             what = f"{len(missing)} of {len(server.chunks)} weight chunks"
@@ -263,13 +291,11 @@ class ParameterServerExchange:
                 self._expires = time.monotonic() + self._timeout_seconds
                 continue
             stop = missing.pop(head.offset, None)
-            if stop is None or head.step != step or len(payload) != 4 * (stop - head.offset):
+            if stop is None or head.step != step or not self.wire.take(head, payload, stop):
                 raise TrainingFault(
                     f"parameter server {server.address}, step {step}: it answered with {len(payload)} bytes at offset "
                     f"{head.offset} of step {head.step}, which was not asked for"
                 )
-            # A plain copy of bytes, which unlike an assignment between arrays does not care about alignment.
-            self._into[4 * head.offset : 4 * stop] = payload
             if head.offset == server.range.start:
                 self.staleness.see(head.staleness)
             if head.offset == 0:
@@ -277,7 +303,7 @@ class ParameterServerExchange:
                 if head.totals:
                     self._totals[:] = head.totals
 
-    def _return_to(self, server: Server, step: int, pushes: list[Push]) -> None:
+    def _return_to(self, server: Server, step: int, pushes: list[ChunkPush]) -> None:
         """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
         self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
 
@@ -326,9 +352,9 @@ class ParameterServerExchange:
         while not self._closed.wait(WATCH_SECONDS):
             if time.monotonic() > self._expires:
                 self._expired = True
-                for server in self._own:
-                    if server.stream is not None:
-                        server.stream.cancel()
+                for stream in [server.stream for server in self._own]:
+                    if stream is not None:
+                        stream.cancel()
                 return
 
 

@@ -9,18 +9,66 @@ some steps of accuracy and no gradient.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Protocol
 
 import numpy as np
 
-from worker.sync.compressed_reduction import CompressedSlice
 from worker.sync.world import World
 
 RESIDUAL = "residual."
 FACTORS = "power_sgd."
-LOST = "what a lossy wire format had yet to send is left out, because several nodes send float32 now"
+LOST = "what a lossy wire format had yet to send is left out, because float32 is sent now"
 
 
-def gather(world: World, own: CompressedSlice, elements: int) -> dict[str, np.ndarray]:
+class Held(Protocol):
+    """What a rank carries from step to step."""
+
+    residual: np.ndarray  # (elements of its slice,) float32
+
+    def factors(self) -> np.ndarray:
+        """(any,) float32, the same on every node; empty for most formats."""
+
+    def take_factors(self, factors: np.ndarray) -> None:
+        """Go on from what `factors` gave."""
+
+
+class Owner(Protocol):
+    """A rank and the slice that it sends."""
+
+    node: int  # its place among the slice's owners
+    nodes: int  # how many they are
+    slices: int
+    bounds: tuple[int, int]  # of the slice; empty on a rank that owns none
+
+    @property
+    def reduction(self) -> Held | None:
+        """None on a rank that owns no slice."""
+
+
+class NodeResidual:
+    """A node's residual, for a checkpoint: an Owner of the whole vector, and what it holds."""
+
+    slices = 1
+
+    def __init__(self, node: int, nodes: int, residual: np.ndarray, lowest: bool) -> None:
+        """`lowest`: this rank speaks for its node."""
+        self.node, self.nodes, self.residual = node, nodes, residual
+        self.bounds = (0, residual.size if lowest else 0)
+
+    @property
+    def reduction(self) -> NodeResidual | None:
+        """As in Owner."""
+        return self if self.bounds[1] else None
+
+    def factors(self) -> np.ndarray:
+        """As in Held."""
+        return np.empty(0, np.float32)
+
+    def take_factors(self, factors: np.ndarray) -> None:
+        """As in Held."""
+
+
+def gather(world: World, own: Owner, elements: int) -> dict[str, np.ndarray]:
     """All nodes' residuals, on rank 0 (elsewhere none). Collective; nobody may be at a step."""
     residual, factors = _held(own)
     parts = world.gather_everywhere([own.node, *own.bounds, factors.size])
@@ -45,7 +93,7 @@ def gather(world: World, own: CompressedSlice, elements: int) -> dict[str, np.nd
     return gathered
 
 
-def restore(world: World, own: CompressedSlice, elements: int, state: Mapping[str, np.ndarray] | None) -> None:
+def restore(world: World, own: Owner, elements: int, state: Mapping[str, np.ndarray] | None) -> None:
     """Give every rank its part of rank 0's `state`, a checkpoint's. Collective."""
     held: Mapping[str, np.ndarray] = state or {}
     names = _names(world, held)
@@ -73,7 +121,12 @@ def restore_sum(
     return total
 
 
-def _restore_factors(world: World, own: CompressedSlice, held: Mapping[str, np.ndarray]) -> None:
+def is_any(world: World, state: Mapping[str, np.ndarray] | None) -> bool:
+    """Whether rank 0's `state` holds any. Collective."""
+    return bool(_names(world, state or {}))
+
+
+def _restore_factors(world: World, own: Owner, held: Mapping[str, np.ndarray]) -> None:
     _, factors = _held(own)
     everyone = world.gather_everywhere([own.node, own.bounds[0], int(factors.size)])
     sizes = {start: size for node, start, size in everyone if node == 0 and size}  # by slice
@@ -86,7 +139,7 @@ def _restore_factors(world: World, own: CompressedSlice, held: Mapping[str, np.n
         own.reduction.take_factors(whole[first : first + factors.size])
 
 
-def _held(own: CompressedSlice) -> tuple[np.ndarray, np.ndarray]:
+def _held(own: Owner) -> tuple[np.ndarray, np.ndarray]:
     nothing = np.empty(0, np.float32)
     return (nothing, nothing) if own.reduction is None else (own.reduction.residual, own.reduction.factors())
 

@@ -65,6 +65,8 @@ class World:
         self.size = self.comm.Get_size()
         self.host = socket.gethostname()
         self.beat = Beat(self.rank, os.getpid())
+        # Whom this rank waits for beyond the other ranks, in words, "" for nobody; None where there is nobody else.
+        self.awaits: Callable[[], str] | None = None
         # Any: mpi4py's types call what Split returns a Comm, and windows want an Intracomm, which it is.
         self.node_comm: Any
         if ranks_per_node is None:

@@ -1,6 +1,6 @@
-"""PyTorch DistributedDataParallel over gloo: two processes, one thread each, meeting over loopback.
+"""PyTorch DistributedDataParallel over gloo: two processes, or WORLD_SIZE, of one thread each, meeting over loopback.
 
-This process is rank 0 and starts rank 1, which is itself with another RANK.
+This process is rank 0 and starts the others, which are itself with another RANK.
 """
 
 import os
@@ -16,12 +16,12 @@ import torch.distributed
 from pytorch_eager import describe_version, load_tensors, loss_of, make_optimizer
 from stopwatch import Stopwatch, peak_memory_bytes, print_result, read_arguments
 
-WORLD_SIZE = 2
-TIMEOUT = timedelta(seconds=60)  # for the two to meet, and for one exchange
+WORLD_SIZE = int(os.environ.get("WORLD_SIZE", "2"))
+TIMEOUT = timedelta(seconds=60)  # for all to meet, and for one exchange
 
 
 def meet(scratch: Path, rank: int) -> None:
-    """Find the other rank by a file in `scratch`."""
+    """Find the other ranks by a file in `scratch`."""
     meeting_place = (scratch / "rendezvous").absolute().as_uri()
     torch.distributed.init_process_group("gloo", meeting_place, TIMEOUT, rank=rank, world_size=WORLD_SIZE)
 
@@ -41,10 +41,11 @@ def leave() -> NoReturn:
 
 
 def launch(main: Callable[[int], NoReturn]) -> NoReturn:
-    """Start rank 1 and be rank 0, or be the rank that was started."""
+    """Start the other ranks and be rank 0, or be the rank that was started."""
     if "RANK" in os.environ:
         main(int(os.environ["RANK"]))
-    subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": "1"})
+    for rank in range(1, WORLD_SIZE):
+        subprocess.Popen([sys.executable, *sys.argv], env={**os.environ, "RANK": str(rank)})
     main(0)
 
 

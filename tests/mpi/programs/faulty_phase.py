@@ -1,13 +1,17 @@
-"""Under mpirun: `paceline-worker` in which one rank raises, is killed or is stopped in one phase of the second epoch.
+"""Under mpirun: `paceline-worker` in which something goes wrong in one phase of the second epoch, once.
 
-Arguments: outcome (raise, kill or stop), phase, rank, folder for the ranks' process ids; then those of
-`paceline-worker`. The fault is put into the function that does the phase's work, in this process alone.
+Arguments: what (a rank's fault: raise, kill, stop; or that of the last parameter server, seen to by the rank that
+started it: kill_server, stop_server, kill_server_for_good, lose_server), phase, rank, folder for the ranks' process
+ids; then those of `paceline-worker`. It is put into the function that does the phase's work, in this process alone.
 """
 
+import contextlib
 import functools
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,20 +23,52 @@ from worker.beat import Beat
 from worker.data.batches import BatchReader
 from worker.engine.model import Model
 from worker.evaluation import Evaluator
+from worker.server import supervision
+from worker.server.supervision import SupervisedServer
 from worker.sync.all_reduce import AllReduceExchange
+from worker.sync.parameter_server import ParameterServerExchange
 
 outcome, phase, rank, folder = sys.argv[1:5]
 del sys.argv[1:5]
 own_rank = os.environ["OMPI_COMM_WORLD_RANK"]
 Path(folder, own_rank).write_text(str(os.getpid()))
 armed = False  # from the second epoch on
+happened = False
+
+
+servers: list[SupervisedServer] = []  # those that this rank started
+start_server = SupervisedServer.__init__
 
 
 def fault() -> None:
     """What goes wrong."""
+    global armed, happened
+    armed, happened = False, True
     if outcome == "raise":
         raise ValueError("out of cheese")
-    os.kill(os.getpid(), signal.SIGKILL if outcome == "kill" else signal.SIGSTOP)
+    if outcome == "lose_server":  # no program to start it with again
+        supervision.start_server_process = functools.partial(
+            supervision.start_server_process, program=["/no/such/python"]
+        )
+    if outcome == "kill_server_for_good":
+        threading.Thread(target=keep_killing, daemon=True).start()
+        return
+    victim = servers[-1].pid if outcome.endswith("server") else os.getpid()
+    os.kill(victim, signal.SIGSTOP if outcome.startswith("stop") else signal.SIGKILL)
+
+
+def keep_killing() -> None:
+    """Kill the server each time it is there again."""
+    while True:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(servers[-1].pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def noted(self: SupervisedServer, *arguments: Any) -> None:
+    """A server is started."""
+    start_server(self, *arguments)
+    servers.append(self)
 
 
 def faulty(work: Callable[..., Any]) -> Callable[..., Any]:
@@ -54,7 +90,7 @@ def arm(step: Callable[..., None]) -> Callable[..., None]:
     def wrapped(self: Beat, number: int, epoch: int) -> None:
         global armed
         step(self, number, epoch)
-        armed = epoch == 2
+        armed = epoch == 2 and not happened
 
     return wrapped
 
@@ -68,16 +104,18 @@ def faulty_update(job: Any) -> Any:
 make_update = worker.sync.exchange.make_update
 if own_rank == rank:
     Beat.step = arm(Beat.step)
+    SupervisedServer.__init__ = noted
     if phase == "update":
         worker.sync.exchange.make_update = faulty_update
     else:
-        owner, name = {
-            "data": (BatchReader, "take"),
-            "forward": (Model, "forward"),
-            "backward": (Model, "backward"),
-            "exchange": (AllReduceExchange, "step"),
-            "evaluate": (Evaluator, "evaluate"),
-            "checkpoint": (worker.checkpoint, "_sync"),  # the file is written and not yet in its place
+        places = {
+            "data": [(BatchReader, "take")],
+            "forward": [(Model, "forward")],
+            "backward": [(Model, "backward")],
+            "exchange": [(AllReduceExchange, "step"), (ParameterServerExchange, "step")],  # a job has one of the two
+            "evaluate": [(Evaluator, "evaluate")],
+            "checkpoint": [(worker.checkpoint, "_sync")],  # the file is written and not yet in its place
         }[phase]
-        setattr(owner, name, faulty(getattr(owner, name)))
+        for owner, name in places:
+            setattr(owner, name, faulty(getattr(owner, name)))
 main()

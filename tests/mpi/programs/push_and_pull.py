@@ -1,8 +1,10 @@
 """One worker of a parameter server: some round trips on a gradient of ones; prints the median's seconds.
 
-Arguments: HOST:PORT, worker, workers, elements, steps. The token is in the environment.
+Arguments: HOST:PORT, worker, workers, elements, steps. The token is in the environment. Should it stand still for a
+minute, be it at its very end, it says where and ends.
 """
 
+import faulthandler
 import os
 import statistics
 import sys
@@ -13,8 +15,11 @@ import numpy as np
 from protos import environment
 from worker.sync.parameter_server import ParameterServerExchange
 
+STALL_SECONDS = 60
+
 
 def main() -> None:
+    faulthandler.dump_traceback_later(STALL_SECONDS, exit=True)
     address = sys.argv[1]
     worker, workers, elements, steps = map(int, sys.argv[2:])
     exchange = ParameterServerExchange(

@@ -137,6 +137,24 @@ def test_finite_values_stay_so(kind: str) -> None:
     assert np.isfinite(there_and_back(kind, values)).all()
 
 
+def test_float16_has_the_bits_of_numpys_own_conversion() -> None:
+    halves = np.arange(1 << 16, dtype=np.uint16)
+    finite = halves[(halves & 0x7FFF) < 0x7C00]
+    numbers = finite.view(np.float16).astype(np.float32)
+    between = ((numbers[1:].astype(np.float64) + numbers[:-1]) / 2).astype(np.float32)  # ties, exactly
+    random = np.random.default_rng(0).integers(0, 0x477FE000, 1 << 17, dtype=np.uint32).view(np.float32)
+    for values in (numbers, between[np.abs(between) < 65504], random, -random):
+        encoded = np.empty(2 * len(values), np.uint8)
+        encode(CODECS["float16"], values, encoded)
+        with np.errstate(under="ignore"):
+            np.testing.assert_array_equal(encoded.view(np.uint16), values.astype(np.float16).view(np.uint16))
+    for of in (finite, halves):  # the latter not all finite
+        decoded = np.empty(len(of), np.float32)
+        decode(CODECS["float16"], of.view(np.uint8), decoded)
+        wanted = of.view(np.float16).astype(np.float32)
+        np.testing.assert_array_equal(decoded.view(np.uint32), wanted.view(np.uint32))
+
+
 def test_a_truncated_or_hostile_block_is_refused() -> None:
     for kind, codec in CODECS.items():
         with pytest.raises(ValueError, match=f"1000 elements take {codec.size(1000)}"):
@@ -144,6 +162,10 @@ def test_a_truncated_or_hostile_block_is_refused() -> None:
         assert kind
     with pytest.raises(ValueError, match="index 65535 lies outside a block of 1000"):
         decode(CODECS["top_k"], np.full(600, 255, np.uint8), np.zeros(1000, np.float32))
+    repeated = np.zeros(600, np.uint8)
+    repeated[400:].view(np.uint16)[:] = [*range(50), *range(49, 99)]
+    with pytest.raises(ValueError, match="index 49 follows 49: they must rise"):
+        decode(CODECS["top_k"], repeated, np.zeros(1000, np.float32))
 
 
 @settings(max_examples=15, deadline=None)

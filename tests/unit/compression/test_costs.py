@@ -1,6 +1,9 @@
 """What is said of compression at the end of a job."""
 
-from worker.sync.compression_costs import line, uncompressed
+import pytest
+
+from worker.sync import compression_costs
+from worker.sync.compression_costs import TRIAL_BYTES, Costs, best_bandwidth, line, uncompressed
 
 MEASURED = {
     "wire_format": "int8", "sent_bytes": 25_000_000, "float32_bytes": 100_000_000, "coding_seconds": 1.5,
@@ -24,3 +27,30 @@ def test_nothing_is_said_where_nothing_was_asked_for() -> None:
 
 def test_one_node_alone_is_told_that_nothing_was_compressed() -> None:
     assert "one node alone" in str(line(uncompressed("sign")))
+
+
+def test_bandwidth_is_that_of_the_best_trial_and_a_slow_network_is_tried_few_times(monkeypatch) -> None:
+    now, sent = [0.0], []
+
+    def send(size: int) -> None:
+        sent.append(size)
+        now[0] += 1 + size / bytes_per_second
+
+    monkeypatch.setattr(compression_costs, "perf_counter", lambda: now[0])
+    bytes_per_second = 1e4
+    assert best_bandwidth(send) == pytest.approx(65536 / (1 + 6.5536))
+    assert sent == [1, 4096, 16384, 65536]
+    monkeypatch.setattr(compression_costs, "BUDGET_SECONDS", 1000)
+    assert best_bandwidth(send) == pytest.approx(TRIAL_BYTES / (1 + 26.2144))
+    assert sent[-3:] == [TRIAL_BYTES] * 3
+
+
+def test_saved_time_is_counted_at_the_best_bandwidth_seen() -> None:
+    costs = Costs(bytes_per_second=100)
+    costs.coding_seconds = 4
+    costs.sent(1000, seconds=5, float32_bytes=2000)  # 200 bytes/s
+    costs.sent(100, seconds=50, float32_bytes=0)
+    facts = costs.facts("int8")
+    assert (facts["sent_bytes"], facts["float32_bytes"], facts["bytes_per_second"]) == (1100, 2000, 200)
+    assert facts["saved_seconds"] == pytest.approx(4.5)
+    assert facts["compression_paid"]

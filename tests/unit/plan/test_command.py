@@ -85,6 +85,14 @@ def test_the_choice_of_the_job_file_is_marked(plan) -> None:
     assert "all-reduce *" not in done.out
 
 
+def test_parameter_servers_are_offered_in_every_format_that_a_job_file_takes_for_them(plan) -> None:
+    done = plan("--set", "sync={parameter_server: {wire_format: int8, servers: 2}}")
+    assert "parameter server, 2 shards, int8 *" in done.out
+    for name in ("float16", "bfloat16", "int8", "top_k", "sign"):
+        assert f"parameter server, {name} " in done.out
+    assert "parameter server, power_sgd" not in done.out
+
+
 def test_ranks_of_a_node_are_the_jobs_workers_over_the_nodes(plan) -> None:
     assert "on 3 nodes of 2 ranks" in plan("--nodes", "3").out
     assert "on 8 nodes of 1 rank," in plan("--nodes", "8").out

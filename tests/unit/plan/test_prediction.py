@@ -46,6 +46,18 @@ def test_a_parameter_server_step_by_hand(machine: Machine, work: Workload, clust
     assert shared.exchange_seconds + shared.waiting_seconds == pytest.approx(2.4 + 3e-4 + 2e-4)
 
 
+def test_a_parameter_server_may_answer_in_another_format(machine: Machine, work: Workload, cluster: Cluster) -> None:
+    back = HALF._replace(bytes_per_element=1.0)
+    wire = HALF._replace(encode_each=2e-9, decode_each=1e-9, answer=back)
+    step = predict(machine, work, cluster, Choice("parameter_server", wire), PLAIN)
+    # Three remote pushes of 2 MB in; a worker encodes and decodes, the server decodes four and encodes one.
+    coding = 0.002 + 0.0005 + 4 * 0.001 + 0.001
+    assert step.exchange_seconds + step.waiting_seconds == pytest.approx(0.6 * 5 / 4 + coding + 3e-4 + 2e-4)
+    assert step.sent_bytes == pytest.approx(3e6)
+    # Program, gradient, buffers of 100 samples; weights and what is yet to be sent.
+    assert step.memory_bytes == pytest.approx(50e6 + 4e6 + 1e5 + 2 * 4e6)
+
+
 def test_shards_help_the_link_only_where_they_are_on_several_nodes(
     machine: Machine, work: Workload, cluster: Cluster
 ) -> None:

@@ -183,7 +183,7 @@ def test_a_push_of_the_next_step_waits_for_the_end_of_this_one() -> None:
 def test_a_worker_must_join_before_it_pushes() -> None:
     setup = ShardSetup(COUNT, "digest", 1, chunk_elements=CHUNK)
     shard = Shard(setup, adamw(), np.zeros(COUNT, np.float32), adamw().init(COUNT, np.float32))
-    with pytest.raises(Conflict, match="worker 0 of 1, step 1, offset 0: it has not joined"):
+    with pytest.raises(Conflict, match="worker 0 of 1 has not joined"):
         shard.receive(push_of(0, 1, 0, generation=1), 0.0)
 
 

@@ -34,3 +34,13 @@ def test_a_watchdog_that_was_stopped_says_nothing() -> None:
     watchdog.stop()
     assert not threading.Event().wait(0.4)
     assert sentences == []
+
+
+def test_an_activity_may_take_longer_than_the_limit_where_that_is_said_and_the_next_may_not() -> None:
+    stalled = threading.Event()
+    watchdog = Watchdog(0.1, lambda sentence: stalled.set())
+    watchdog.doing("starting a server", least_seconds=60)
+    assert not stalled.wait(timeout=0.5)
+    watchdog.doing("in step 1 (epoch 1)")
+    assert stalled.wait(timeout=10)
+    watchdog.stop()
