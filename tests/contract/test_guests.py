@@ -266,4 +266,5 @@ def test_a_guest_that_listens_has_the_weights_of_the_whole_step_that_first_names
         ])  # fmt: skip
     assert guest.listen(Leaving()) == 6
     np.testing.assert_array_equal(weights, np.full(6, 6))
-    guest.close()
+    for server in guest._servers:
+        server.channel.close()

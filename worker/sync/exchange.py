@@ -96,7 +96,7 @@ def open_exchange(
     """
     if job.sync.WhichOneof("kind") == "parameter_server":
         # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
-        from worker.sync.server_exchange import open_server_exchange
+        from worker.sync.server_opening import open_server_exchange
 
         return open_server_exchange(world, job, model, resumed, resume, initial)
     count = model.parameter_count
