@@ -12,6 +12,7 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from protos import job_pb2
+from protos.labels import is_map
 from protos.rules import Violation, check, rule_of
 from protos.urls import is_under, is_url, shown
 
@@ -34,6 +35,8 @@ def _slot_violations(spec: job_pb2.JobSpec, slots: int) -> Iterator[Violation]:
 def _path_violations(message: Message, place: str, data_roots: Sequence[Path | str]) -> Iterator[Violation]:
     for field, value in message.ListFields():
         here = f"{place}.{field.name}" if place else field.name
+        if is_map(field):
+            continue
         if field.message_type is not None:
             parts = [(value, here)] if not field.is_repeated else [(v, f"{here}[{i}]") for i, v in enumerate(value)]
             for part, part_place in parts:

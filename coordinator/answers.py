@@ -1,8 +1,8 @@
 """How the service answers: a refusal becomes a google.rpc.Status, our own mistakes are logged, streams are counted.
 
 Rules: every error carries an ErrorInfo whose reason is the refusal's word; the faults of a job file ride along as
-BadRequest field violations. The sync server gives each stream a thread, so their number is limited and short calls
-always find one.
+BadRequest field violations, a limit that was reached as QuotaFailure. The sync server gives each stream a thread, so
+their number is limited and short calls always find one.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-untyped]  # ships no stubs
 from grpc_status import rpc_status
 
+from coordinator.database import StoreUnavailable
 from coordinator.refusals import Refused
 
 DOMAIN = "paceline"
@@ -34,9 +35,11 @@ STATUS_CODES: dict[str, grpc.StatusCode] = {
     "JobEnded": grpc.StatusCode.FAILED_PRECONDITION,
     "JobNotEnded": grpc.StatusCode.FAILED_PRECONDITION,
     "JobNotFound": grpc.StatusCode.NOT_FOUND,
+    "LimitExceeded": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "NoOutput": grpc.StatusCode.FAILED_PRECONDITION,
     "NoSuchRank": grpc.StatusCode.INVALID_ARGUMENT,
     "RequestIdReused": grpc.StatusCode.ALREADY_EXISTS,
+    "StoreUnavailable": grpc.StatusCode.UNAVAILABLE,
     "TokenMissing": grpc.StatusCode.UNAUTHENTICATED,
     "TokenRefused": grpc.StatusCode.PERMISSION_DENIED,
     "TooManyStreams": grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -94,6 +97,8 @@ def answer_stream(
 
 def refuse(context: grpc.ServicerContext, fault: Exception) -> None:
     """End the call with the status of a refusal; with INTERNAL and one line in our log for anything else."""
+    if isinstance(fault, StoreUnavailable):
+        fault = Refused("StoreUnavailable", f"{fault}; ask again when it is back")
     if isinstance(fault, Refused):
         code, reason, message = STATUS_CODES[fault.reason], fault.reason, fault.message
     else:
@@ -106,6 +111,9 @@ def refuse(context: grpc.ServicerContext, fault: Exception) -> None:
             error_details_pb2.BadRequest.FieldViolation(field=path, description=text) for path, text in fault.violations
         ]
         details.append(error_details_pb2.BadRequest(field_violations=faults))
+    if isinstance(fault, Refused) and fault.quota:
+        exceeded = error_details_pb2.QuotaFailure.Violation(subject=fault.quota, description=message)
+        details.append(error_details_pb2.QuotaFailure(violations=[exceeded]))
     status = status_pb2.Status(code=code.value[0], message=message)
     for detail in details:
         packed = any_pb2.Any()

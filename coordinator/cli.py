@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from protos.environment import SERVER_ADDRESS
+from protos.environment import SERVER_ADDRESS, STORE
 
 if TYPE_CHECKING:
     from coordinator.client import Client
@@ -108,12 +108,20 @@ def serve(
         list[str], typer.Option(metavar="DIR_OR_URL", help="Jobs may read data only below it; may be given again.")
     ] = [],  # noqa: B006  # Typer copies it
     slots: Annotated[int | None, typer.Option(min=1, help="Workers that may run at once; the cores here.")] = None,
+    store: Annotated[
+        str,
+        typer.Option(envvar=STORE, metavar="URL", help="PostgreSQL for the jobs, in place of SQLite in --state."),
+    ] = "",
+    limit: Annotated[
+        list[str],
+        typer.Option(metavar="NAME=N", help="Such as user.running=4; may be given again. A wrong name lists them all."),
+    ] = [],  # noqa: B006  # Typer copies it
 ) -> None:
     """Start a coordinator: takes jobs, queues and launches them."""
     from coordinator.launchers.local import available_cores
     from coordinator.serve import serve
 
-    raise typer.Exit(serve(listen, http, state or default_state(), data_root, slots or available_cores()))
+    raise typer.Exit(serve(listen, http, state or default_state(), data_root, slots or available_cores(), store, limit))
 
 
 @app.command()
@@ -172,18 +180,29 @@ def submit(
 @app.command("list")
 def list_jobs(
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
+    state: Annotated[str, typer.Option(metavar="STATE", help="Those in this state alone.")] = "",
+    label: Annotated[
+        list[str], typer.Option(metavar="NAME=VALUE", help="Those with this label alone; may be given again.")
+    ] = [],  # noqa: B006  # Typer copies it
+    owner: Annotated[str, typer.Option(metavar="NAME", help="Those of this user alone.")] = "",
+    filter_text: Annotated[
+        str, typer.Option("--filter", metavar="TEXT", help='Such as "labels.team=vision AND priority>=5".')
+    ] = "",
     server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Show the jobs, newest first."""
+    from coordinator.listing import list_filter
     from coordinator.presentation import document, job_table, json_line
 
+    whole_filter = list_filter(state, label, owner, filter_text)
     with _connect(server) as client:
-        jobs, more = client.list_jobs(limit)
+        jobs, more = client.list_jobs(limit, whole_filter)
     if output_format is Format.json:
         print(json_line({"jobs": [document(job) for job in jobs], "more": more}))
         return
-    print(job_table(jobs, datetime.now(UTC)) if jobs else "no jobs yet; hand one in with: paceline submit JOB.yaml")
+    none = f"no jobs with {whole_filter}" if whole_filter else "no jobs yet; hand one in with: paceline submit JOB.yaml"
+    print(job_table(jobs, datetime.now(UTC)) if jobs else none)
     if more:
         print(f"there are older ones; see them with --limit {limit * 10}", file=sys.stderr)
 

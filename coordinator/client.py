@@ -68,12 +68,13 @@ class Client:
         job: job_pb2.Job = self._call(self._stub.GetJob, coordinator_pb2.GetJobRequest(job_id=job_id)).job
         return job
 
-    def list_jobs(self, limit: int) -> tuple[list[job_pb2.Job], bool]:
-        """The newest jobs, and whether there are more."""
+    def list_jobs(self, limit: int, filter_text: str = "") -> tuple[list[job_pb2.Job], bool]:
+        """The newest jobs that the filter lets through, and whether there are more."""
         jobs: list[job_pb2.Job] = []
         token = ""
         while True:
-            request = coordinator_pb2.ListJobsRequest(page_size=min(limit - len(jobs), 1000), page_token=token)
+            size = min(limit - len(jobs), 1000)
+            request = coordinator_pb2.ListJobsRequest(page_size=size, page_token=token, filter=filter_text)
             page = self._call(self._stub.ListJobs, request)
             jobs += page.jobs
             token = page.next_page_token

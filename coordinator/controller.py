@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,18 +19,21 @@ from typing import NamedTuple, Protocol
 
 from coordinator import auth, jobs
 from coordinator.changes import Changes
+from coordinator.database import StoreUnavailable
 from coordinator.folders import JobFolder, SummaryUnreadable, job_folder
-from coordinator.jobs import Event, Job, JobState
+from coordinator.jobs import LAUNCHED, Event, Job, JobState
 from coordinator.launchers.local import Cause, LauncherMissing
 from coordinator.leftovers import end_leftovers, identify
 from coordinator.metrics import Metrics
+from coordinator.quotas import check_queue
 from coordinator.refusals import Refused, no_such_job
-from coordinator.scheduler import Capacity, GiveUp, Start, Wait, decide
+from coordinator.retention import Retention
+from coordinator.scheduler import Action, Capacity, GiveUp, Start, Wait, decide
 from coordinator.store import Store
 from protos import coordinator_pb2, job_pb2
 
 POLL_SECONDS = 0.05  # how soon the end of a process is seen; with nothing launched the loop sleeps until it is woken
-RETRY_SECONDS = 1.0  # after a fault of the loop itself, such as a full disk
+RETRY_SECONDS = 1.0  # after a fault of the loop itself, or of the store
 
 log = logging.getLogger("paceline.controller")
 
@@ -88,12 +92,16 @@ class Controller:
         self._stopping = False
         self._jobs: dict[str, Job] = {}  # open jobs, in the order of submission
         self._runs: dict[str, _Run] = {}
+        self._queue_changed = True  # since the queue was last looked at
+        self._served: dict[str, datetime] = {}  # when a job of each owner was last launched
+        self._retention = Retention(store, state, clock)
+        self._unsure: set[str] = set()  # submitted while the store went away: whether they are in it, it alone knows
         self._thread = threading.Thread(target=self._loop, name="controller", daemon=True)
         self.fault: str | None = None  # what the loop last stumbled over, None when its last round was good
 
     # ------------------------------------------------------------------------------------------- what calls write down
 
-    def submit(self, spec: job_pb2.JobSpec, request_id: str = "") -> Job:
+    def submit(self, spec: job_pb2.JobSpec, request_id: str = "", owner: str = "") -> Job:
         """Queue a checked and resolved job; the same request again returns the first job."""
         with self._lock:
             if request_id and (first := self._store.request(request_id)) is not None:
@@ -103,13 +111,20 @@ class Controller:
                 raise Refused("RequestIdReused", message)
             if self._stopping:
                 raise Refused("CoordinatorStopping", "the coordinator is stopping and takes no jobs")
+            waiting = Counter(job.owner for job in self._jobs.values() if job.state is JobState.QUEUED)
+            check_queue(self._capacity.quotas, waiting.total(), waiting[owner])
             while True:
-                job = jobs.submitted(jobs.new_id(spec.name), spec, self._clock())
+                job = jobs.submitted(jobs.new_id(spec.name), spec, self._clock(), owner)
                 try:
                     self._store.add(job, request_id)
                 except KeyError:
                     continue  # the id is taken; 30 random bits make a second one free
+                except StoreUnavailable:
+                    self._unsure.add(job.id)
+                    self._wake.set()
+                    raise
                 self._jobs[job.id] = job
+                self._queue_changed = True
                 self._wake.set()
                 return job
 
@@ -199,6 +214,8 @@ class Controller:
             self._wake.clear()
             try:
                 with self._lock:
+                    self._stop_unwanted()  # first: it needs no store
+                    self._take_in_unsure()
                     self._observe()
                     self._decide()
                     self._stop_unwanted()
@@ -206,13 +223,31 @@ class Controller:
                     if self._stopping and not self._runs:
                         return
                     launched = bool(self._runs)
+                until_sweep_seconds = self._retention.sweep()  # beside the lock: a folder may be large
+                if self.fault is not None:
+                    log.info("the controller's loop goes on")
                 self.fault = None
-            except Exception as fault:  # a full disk or a locked file must not end the loop that every job depends on
+            except StoreUnavailable as fault:
+                if self.fault != str(fault):
+                    log.error("%s; it is tried again every %g s", fault, RETRY_SECONDS)
+                self.fault = str(fault)
+                time.sleep(RETRY_SECONDS)
+                continue
+            except Exception as fault:  # whatever it is, it must not end the loop that every job depends on
                 log.exception("the controller's loop failed; it tries again in %g s", RETRY_SECONDS)
                 self.fault = f"{type(fault).__name__}: {fault}"
                 time.sleep(RETRY_SECONDS)
                 continue
-            self._wake.wait(POLL_SECONDS if launched else None)
+            self._wake.wait(POLL_SECONDS if launched else until_sweep_seconds)
+
+    def _take_in_unsure(self) -> None:
+        """Queue what was stored although its submitter was told that the store had gone away."""
+        for job_id in list(self._unsure):
+            job = self._store.get(job_id)
+            if job is not None:
+                self._jobs[job_id] = job
+                self._queue_changed = True
+            self._unsure.discard(job_id)
 
     # -------------------------------------------------------------------------------------------------- observe and end
 
@@ -251,25 +286,41 @@ class Controller:
     def _decide(self) -> None:
         if self._stopping:
             return
-        for action in decide(self._clock(), list(self._jobs.values()), self._capacity):
+        # A long queue is looked at when something has changed; a deadline passes without that.
+        looked_at = [job for job in self._jobs.values() if self._queue_changed or job.state in LAUNCHED]
+        self._queue_changed = False
+        try:
+            self._act(decide(self._clock(), looked_at, self._capacity, self._served))
+        except BaseException:
+            self._queue_changed = True
+            raise
+
+    def _act(self, actions: Sequence[Action]) -> None:
+        waiting: list[Job] = []
+        for action in actions:
             match action:
                 case Start(job_id):
                     self._launch(self._jobs[job_id])
                 case Wait(job_id, reason, message, position):
                     job, waited = self._jobs[job_id], jobs.Waited(reason, message, position)
                     if (job.reason, job.message, job.queue_position) != waited:
-                        self._move(job, waited)
+                        waiting.append(jobs.advance(job, waited, self._clock()))
                 case GiveUp(job_id, reason, message):
                     broke = jobs.Broke(reason, message)
                     if (run := self._runs.get(job_id)) is None:  # a fault of ours came between its slots and its launch
                         self._move(self._jobs[job_id], broke)
                     else:
                         run.ending = run.ending or broke
+        if waiting:
+            self._store.save_queue(waiting)
+            self._jobs.update({job.id: job for job in waiting})
+            self._changes.ring()
 
     def _launch(self, job: Job) -> None:
         token = auth.new_token()
         now = self._clock()
         job = self._move(job, jobs.Admitted(token.digest))
+        self._served[job.owner] = now
         self._metrics.started((now - job.create_time).total_seconds())
         folder = job_folder(self._state, job.id)
         try:
@@ -303,10 +354,13 @@ class Controller:
         moved = jobs.advance(job, event, self._clock())
         self._store.save(moved)
         if moved.state is not job.state:
+            self._queue_changed = True
             log.info("job %s: %s: %s", moved.id, moved.state, moved.message)
         if moved.ended:
             del self._jobs[moved.id]
-            self._metrics.ended(moved.id)
+            self._metrics.ended(moved.id, moved.spec.limits.keep_for)
+            if moved.expires is not None:
+                self._retention.note(moved.expires)
             self._wake.set()
         else:
             self._jobs[moved.id] = moved

@@ -17,12 +17,16 @@ class Interrupted(Exception):
 
 
 @contextmanager
-def stop_signals() -> Iterator[None]:
-    """Inside, the first such signal raises Interrupted; those after it are ignored, so that the ending is finished."""
+def stop_signals(times: int = 1) -> Iterator[None]:
+    """Inside, the first `times` such signals raise Interrupted; then they are ignored, so that the ending finishes."""
+    left = times
 
     def interrupt(number: int, _: FrameType | None) -> None:
-        for each in previous:
-            signal.signal(each, signal.SIG_IGN)
+        nonlocal left
+        left -= 1
+        if left <= 0:
+            for each in previous:
+                signal.signal(each, signal.SIG_IGN)
         raise Interrupted(number)
 
     previous = {}

@@ -10,7 +10,7 @@ import re
 import secrets
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from datetime import datetime
+from datetime import datetime, timedelta
 from enum import StrEnum
 from types import MappingProxyType
 from typing import NamedTuple
@@ -59,6 +59,7 @@ class Job:
     history: tuple[StateChange, ...]  # never empty, oldest first
     reason: str
     message: str
+    owner: str = ""  # who submitted it; empty where callers are not asked who they are
     attempt: int = 0  # launches so far
     queue_position: int = 0  # 1 for the next to start, 0 when it does not wait
     token_digest: str | None = None
@@ -85,6 +86,12 @@ class Job:
     @property
     def ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def expires(self) -> datetime | None:
+        """When the files of an ended job are removed; None while it has not ended, or where they are kept."""
+        keep_seconds = self.spec.limits.keep_for
+        return self.state_time + timedelta(seconds=keep_seconds) if self.ended and keep_seconds else None
 
 
 # ------------------------------------------------------------------------------------------------------------- events
@@ -176,10 +183,10 @@ class IllegalMove(Exception):
         super().__init__(f"job {job.id} is {job.state}: {type(event).__name__} is not possible now")
 
 
-def submitted(job_id: str, spec: job_pb2.JobSpec, now: datetime) -> Job:
+def submitted(job_id: str, spec: job_pb2.JobSpec, now: datetime, owner: str = "") -> Job:
     """A new job."""
     change = StateChange(JobState.QUEUED, "Submitted", "accepted; the scheduler has not looked at it yet", now)
-    return Job(job_id, spec, (change,), change.reason, change.message)
+    return Job(job_id, spec, (change,), change.reason, change.message, owner)
 
 
 def advance(job: Job, event: Event, now: datetime) -> Job:

@@ -1,8 +1,8 @@
 """What Prometheus reads: the training, jobs and slots series of the contract.
 
 Rules: every figure comes from what workers reported or from the store at the moment of the scrape; a job's series go
-once it has been ended for TIME_TO_LIVE. Written as a collector over plain records, because series that must vanish are
-then a dictionary entry less. Counters follow the workers' own running totals.
+once it has been ended for TIME_TO_LIVE, or for its own limits.keep_for. Written as a collector over plain records,
+because series that must vanish are then a dictionary entry less. Counters follow the workers' own running totals.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector
 
+from coordinator.database import StoreUnavailable
 from coordinator.jobs import JobState
 from protos import coordinator_pb2, job_pb2
 
@@ -60,7 +61,7 @@ class _Training:
     phases: dict[str, Histogram] = field(default_factory=dict)
     ranks: dict[int, coordinator_pb2.RankReport] = field(default_factory=dict)
     heartbeats: dict[int, datetime] = field(default_factory=dict)
-    ended: datetime | None = None
+    expires: datetime | None = None  # once it has ended
 
 
 _ServerColumn: TypeAlias = Literal[
@@ -137,16 +138,17 @@ class Metrics(Collector):
                 training.ranks[rank.rank] = rank
                 training.heartbeats[rank.rank] = self._clock()
 
-    def ended(self, job_id: str) -> None:
-        """Start the job's time to live."""
+    def ended(self, job_id: str, keep_seconds: float = 0) -> None:
+        """Start the job's time to live: its own, or where that is 0 the same for all."""
         with self._lock:
             if job_id in self._training:
-                self._training[job_id].ended = self._clock()
+                keep = timedelta(seconds=keep_seconds) if keep_seconds else TIME_TO_LIVE
+                self._training[job_id].expires = self._clock() + keep
             self._expire()
 
     def _expire(self) -> None:
-        limit = self._clock() - TIME_TO_LIVE
-        for job_id in [key for key, job in self._training.items() if job.ended is not None and job.ended <= limit]:
+        now = self._clock()
+        for job_id in [key for key, job in self._training.items() if job.expires is not None and job.expires <= now]:
             del self._training[job_id]
 
     # ------------------------------------------------------------------------------------------------------- reading
@@ -155,7 +157,10 @@ class Metrics(Collector):
         return []  # the names do not change, so the registry need not collect to learn them
 
     def collect(self) -> Iterator[Metric]:
-        by_state = self._jobs_by_state()
+        try:
+            by_state = self._jobs_by_state()
+        except StoreUnavailable:  # /healthz says so; what is known without the store is still worth a scrape
+            by_state = {}
         with self._lock:
             self._expire()
             families = [*self._service(by_state), *self._jobs(), *self._ranks()]

@@ -168,6 +168,9 @@ def job_text(job: job_pb2.Job) -> str:
         ("id", job.id),
         ("name", printable(job.spec.name)),
         ("state", state_line(job)),
+        ("owner", printable(job.owner)),
+        ("priority", str(job.spec.priority)),
+        ("labels", ", ".join(f"{name}={job.spec.labels[name]}" for name in sorted(job.spec.labels))),
         ("workers", str(job.spec.workers)),
         ("progress", _progress_words(job)),
     ]

@@ -13,11 +13,12 @@ from protos.rules import Violation
 class Refused(Exception):
     """A call that is answered with no, and why."""
 
-    def __init__(self, reason: str, message: str, violations: Sequence[Violation] = ()) -> None:
+    def __init__(self, reason: str, message: str, violations: Sequence[Violation] = (), quota: str = "") -> None:
         super().__init__(message)
         self.reason = reason
         self.message = message
         self.violations = tuple(violations)
+        self.quota = quota  # the limit that was reached, where it was one
 
 
 def no_such_job(job_id: str) -> Refused:

@@ -1,8 +1,8 @@
 """`paceline run`: trains here and now through mpirun, without a coordinator.
 
 Rules: the workers do the work and write the output folder; this process starts them, reads metrics.jsonl as it grows,
-and ends them when it is itself told to end. Nothing is made in the output folder by this side but `logs`, moved there
-when all is over.
+and has them write a checkpoint and leave when it is itself told to end; told twice, it ends them. Nothing is made in
+the output folder by this side but `logs`, moved there when all is over.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -49,6 +50,7 @@ RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", CHECKPOINTS)
 RESULTS = (SUMMARY, "model.safetensors")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
+LEAVE_SECONDS = 5.0  # beyond limits.grace_seconds, for the way out
 
 
 @dataclass(frozen=True)
@@ -89,14 +91,18 @@ def run(options: RunOptions) -> int:
         forwarded={},
     )
 
-    with stop_signals():
+    with stop_signals(times=2):
         try:
             with open_display(options.as_json, job.training.epochs) as display:
                 display.state(f"{printable(job.name)}: starting {_workers(job.workers)}")
-                exit_code = _train(launch, log_dir, MetricsTail(output / METRICS), display)
+                tail, patience = MetricsTail(output / METRICS), job.limits.grace_seconds + LEAVE_SECONDS
+                exit_code = _train(launch, log_dir, tail, display, patience)
         except Interrupted as interrupted:
-            say(_interrupted_words(interrupted, options, output, keep_logs(log_dir, output)))
+            say(_interrupted_words(str(interrupted), options, output, keep_logs(log_dir, output)))
             return interrupted.exit_code
+    if exit_code == ExitCode.INTERRUPTED:
+        say(_interrupted_words("a signal to a worker", options, output, keep_logs(log_dir, output)))
+        return exit_code
     cause = explain(exit_code, log_dir) if exit_code else None
     logs: Path | None = keep_logs(log_dir, output)
     if cause is not None:
@@ -147,8 +153,7 @@ def check_output(folder: Path, resume: bool) -> None:
 
 def has_checkpoint(folder: Path) -> bool:
     """Whether a run got far enough to leave one."""
-    checkpoints = folder / CHECKPOINTS
-    return checkpoints.is_dir() and any(checkpoints.iterdir())
+    return any((folder / CHECKPOINTS).glob("step-*.safetensors"))
 
 
 def worker_arguments(options: RunOptions, settings: Sequence[str], output: Path, log_dir: Path) -> list[str]:
@@ -166,20 +171,35 @@ def _programs() -> tuple[str, str]:
         raise CommandFault(str(missing)) from missing
 
 
-def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display) -> int:
-    """Run the launch to its end, showing each new report."""
+def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display, patience_seconds: float) -> int:
+    """Run the launch to its end, showing each new report; told to end, give it `patience_seconds` for a checkpoint."""
     running: Running | None = None
     try:
         running = start(launch, log_dir)
-        while True:
-            exit_code = running.wait(POLL_SECONDS)
-            for report in tail.read():  # after the look at the process: what it wrote last is read too
-                display.report(report)
-            if exit_code is not None:
-                return exit_code
+        return next(code for code in _follow(running, tail, display) if code is not None)
+    except Interrupted:
+        if running is not None:
+            running.ask_to_stop()
+            display.state("stopping behind the step under way; told again, it ends at once")
+            deadline = time.monotonic() + patience_seconds
+            for code in _follow(running, tail, display):
+                if code is not None or time.monotonic() > deadline:
+                    break
+            if running.poll() == ExitCode.DONE:  # it was at its results already
+                return ExitCode.DONE
+        raise
     finally:
         if running is not None and running.poll() is None:
             running.terminate(GRACE_SECONDS)
+
+
+def _follow(running: Running, tail: MetricsTail, display: Display) -> Iterator[int | None]:
+    """Show each new report, and say again and again how the launch has ended; None while it runs."""
+    while True:
+        exit_code = running.wait(POLL_SECONDS)
+        for report in tail.read():  # after the look at the process: what it wrote last is read too
+            display.report(report)
+        yield exit_code
 
 
 class MetricsTail:
@@ -230,11 +250,11 @@ def failure_text(cause: Cause, logs: Path | None) -> str:
     return "\n".join([cause.message, *(f"  | {printable(line)}" for line in cause.last_lines), *where])
 
 
-def _interrupted_words(interrupted: Interrupted, options: RunOptions, output: Path, logs: Path) -> str:
+def _interrupted_words(by: str, options: RunOptions, output: Path, logs: Path) -> str:
     where = f"logs: {logs}"
     if has_checkpoint(output):
-        return f"stopped by {interrupted}; go on with: {resume_command(options, output)} ({where})"
-    return f"stopped by {interrupted}, before there was a checkpoint ({where})"
+        return f"stopped by {by}; go on with: {resume_command(options, output)} ({where})"
+    return f"stopped by {by}, before there was a checkpoint ({where})"
 
 
 def resume_command(options: RunOptions, output: Path) -> str:

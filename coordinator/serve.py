@@ -11,10 +11,10 @@ import contextlib
 import fcntl
 import logging
 import os
+import queue
 import shutil
 import signal
 import sys
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from pathlib import Path
 from types import FrameType
 
 import grpc
+import sqlalchemy as sa
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import CollectorRegistry
@@ -31,14 +32,16 @@ from coordinator.addresses import Address, AddressInvalid, AddressUnusable, chec
 from coordinator.answers import SHORT_CALLS_AT_MOST, STREAMS_AT_MOST
 from coordinator.changes import Changes
 from coordinator.controller import Controller, Launcher
+from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
 from coordinator.folders import JobFolder
 from coordinator.http_port import HttpPort
 from coordinator.jobs import Job
 from coordinator.launchers import local
 from coordinator.metrics import Metrics
+from coordinator.quotas import DEFAULT_QUOTAS, Quotas, read_quotas
 from coordinator.scheduler import Capacity
 from coordinator.service import CoordinatorService
-from coordinator.store import Store, StoreUnusable
+from coordinator.store import Store
 from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
 from protos.urls import is_url
@@ -68,28 +71,40 @@ class Settings:
     slots: int
     mpirun: str
     worker: str
+    store: sa.URL | None = None  # None: SQLite in the state folder
+    quotas: Quotas = DEFAULT_QUOTAS
     start_deadline_seconds: float = 60.0
     grace_seconds: float = 5.0
 
 
-def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int) -> int:
+def serve(
+    listen: str,
+    http: str,
+    state: Path,
+    data_roots: Sequence[str],
+    slots: int,
+    store: str = "",
+    limits: Sequence[str] = (),
+) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
     data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
+    store: a PostgreSQL database in place of the SQLite file in the state folder. limits: `NAME=NUMBER` each, the names
+    in quotas.LIMITS.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
-    stop = threading.Event()
+    stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event set by a handler can meet its own wait and lock up
 
-    def asked(_number: int, _frame: FrameType | None) -> None:
-        stop.set()
+    def asked(number: int, _frame: FrameType | None) -> None:
+        stop.put(number)
 
     previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        settings = read_settings(listen, http, state, data_roots, slots)
+        settings = read_settings(listen, http, state, data_roots, slots, store, limits)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
-            stop.wait()
+            stop.get()
     except CannotServe as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
@@ -99,7 +114,15 @@ def serve(listen: str, http: str, state: Path, data_roots: Sequence[str], slots:
     return ExitCode.DONE
 
 
-def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[str], slots: int) -> Settings:
+def read_settings(
+    listen: str,
+    http: str,
+    state: Path,
+    data_roots: Sequence[str],
+    slots: int,
+    store: str = "",
+    limits: Sequence[str] = (),
+) -> Settings:
     """Check what was typed, raising CannotServe; warns when others can reach the coordinator."""
     try:
         listen_address, http_address = parse_address("--listen", listen), parse_address("--http", http)
@@ -107,6 +130,14 @@ def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[str]
         raise CannotServe(str(fault), ExitCode.USAGE) from fault
     if slots < 1:
         raise CannotServe(f"--slots: {slots} is not at least 1", ExitCode.USAGE)
+    try:
+        url = read_store(store) if store else None
+    except ValueError as fault:  # what was given may hold a password
+        raise CannotServe(f"--store: {fault}", ExitCode.USAGE) from fault
+    try:
+        quotas = read_quotas(limits)
+    except ValueError as fault:
+        raise CannotServe(f"--limit: {fault}", ExitCode.USAGE) from fault
     for root in data_roots:
         if not is_url(root) and not Path(root).is_dir():
             raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
@@ -118,7 +149,7 @@ def read_settings(listen: str, http: str, state: Path, data_roots: Sequence[str]
         reach = f"--listen {listen}: other machines can reach this coordinator and it has no authentication yet"
         print(f"warning: {reach}; whoever reaches it can run jobs here", file=sys.stderr)
     roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)
-    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker)
+    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url, quotas)
 
 
 class Coordinator:
@@ -142,7 +173,7 @@ class Coordinator:
             metrics=metrics,
             changes=self._changes,
             state=settings.state,
-            capacity=Capacity(settings.slots, settings.start_deadline_seconds),
+            capacity=Capacity(settings.slots, settings.start_deadline_seconds, settings.quotas),
             clock=_now,
             grace_seconds=settings.grace_seconds,
         )
@@ -153,6 +184,7 @@ class Coordinator:
             state=settings.state,
             data_roots=settings.data_roots,
             slots=settings.slots,
+            quotas=settings.quotas,
         )
         add_service = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
         add_service(service, self._server)  # type: ignore[no-untyped-call]  # generated without types
@@ -194,13 +226,13 @@ def running(settings: Settings) -> Iterator[Coordinator]:
     with _locked(settings.state), contextlib.ExitStack() as opened:
         registry = CollectorRegistry()
         try:
-            store = Store(settings.state / "paceline.sqlite")
+            store = Store(settings.store or sqlite_at(settings.state / "paceline.sqlite"))
             opened.callback(store.close)
             coordinator = Coordinator(settings, store, registry)
-        except (StoreUnusable, AddressUnusable) as fault:
+            opened.callback(coordinator.stop)
+            coordinator.start()
+        except (StoreUnusable, StoreUnavailable, AddressUnusable) as fault:
             raise CannotServe(str(fault)) from fault
-        opened.callback(coordinator.stop)
-        coordinator.start()
         yield coordinator
 
 
@@ -247,6 +279,8 @@ def _launcher(settings: Settings, coordinator: Address) -> Launcher:
             environment.JOB_ATTEMPT: str(job.attempt),
             environment.JOB_TOKEN: secret,
         }
+        if settings.quotas.job_parameters:
+            forwarded[environment.PARAMETERS_ALLOWED] = str(settings.quotas.job_parameters)
         launch = local.render(
             mpirun=settings.mpirun,
             worker=settings.worker,

@@ -20,8 +20,11 @@ from coordinator.admission import NotAllowed, violations_of
 from coordinator.answers import STREAMS_AT_MOST, answer, answer_stream
 from coordinator.changes import Changes
 from coordinator.controller import Controller
+from coordinator.filters import FilterInvalid, condition_of, read_filter
 from coordinator.folders import job_folder
 from coordinator.jobs import Job
+from coordinator.pages import page_token, read_page_token
+from coordinator.quotas import Quotas, check_job
 from coordinator.refusals import Refused, no_such_job
 from coordinator.store import Store
 from protos import coordinator_pb2 as pb
@@ -37,6 +40,11 @@ RECHECK_SECONDS = 30.0  # how long a watcher sleeps at most; the bell wakes it l
 LOG_PAUSE_SECONDS = 0.2  # between two looks at growing log files
 
 
+def nobody(_context: grpc.ServicerContext) -> str:
+    """The caller where nobody is asked who they are."""
+    return ""
+
+
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     """One for the server; its threads call it side by side."""
 
@@ -49,6 +57,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         state: Path,
         data_roots: Sequence[Path | str],
         slots: int,
+        quotas: Quotas,
+        caller: Callable[[grpc.ServicerContext], str] = nobody,
     ) -> None:
         self._controller = controller
         self._store = store
@@ -56,6 +66,8 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._state = state
         self._data_roots = tuple(data_roots)
         self._slots = slots
+        self._quotas = quotas
+        self._caller = caller  # whose jobs those are that a call submits
         self.streams = threading.Semaphore(STREAMS_AT_MOST)
 
     # ---------------------------------------------------------------------------------------------------------- jobs
@@ -64,13 +76,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def SubmitJob(self, request: pb.SubmitJobRequest, context: grpc.ServicerContext) -> pb.SubmitJobResponse:
         if len(request.request_id) > REQUEST_ID_AT_MOST:
             raise Refused("InvalidRequest", f"request_id is longer than {REQUEST_ID_AT_MOST} characters")
+        if "\0" in request.request_id:
+            raise Refused("InvalidRequest", "request_id holds a NUL character")
         if faults := violations_of(request.spec, self._data_roots, self._slots):
             reason = "DataNotAllowed" if all(isinstance(fault, NotAllowed) for fault in faults) else "InvalidJob"
             raise Refused(reason, "\n".join(f"{path}: {message}" for path, message in faults), faults)
         spec = resolve(request.spec)
+        check_job(spec, self._quotas)
         if request.validate_only:
             return pb.SubmitJobResponse(job=job_pb2.Job(spec=spec))
-        return pb.SubmitJobResponse(job=to_proto(self._controller.submit(spec, request.request_id), None))
+        job = self._controller.submit(spec, request.request_id, self._caller(context))
+        return pb.SubmitJobResponse(job=to_proto(job, None))
 
     @answer
     def GetJob(self, request: pb.GetJobRequest, context: grpc.ServicerContext) -> pb.GetJobResponse:
@@ -80,15 +96,21 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def ListJobs(self, request: pb.ListJobsRequest, context: grpc.ServicerContext) -> pb.ListJobsResponse:
         if request.page_size < 0:
             raise Refused("InvalidRequest", f"page_size: {request.page_size} is below 0")
-        if request.page_token and not (request.page_token.isascii() and request.page_token.isdigit()):
-            raise Refused("InvalidRequest", f"page_token: {request.page_token!r} is not one a response gave")
+        try:
+            condition = condition_of(read_filter(request.filter))
+        except FilterInvalid as fault:
+            raise Refused("InvalidRequest", f"filter: {fault}") from fault
+        try:
+            before = read_page_token(request.page_token, request.filter)
+        except ValueError as fault:
+            raise Refused("InvalidRequest", f"page_token: {fault}") from fault
         size = min(request.page_size or PAGE_SIZE, PAGE_SIZE_AT_MOST)
-        page = self._store.page(size, int(request.page_token) if request.page_token else None)
+        page = self._store.page(size, before, condition)
         newest = self._store.newest_reports(job.id for job in page.jobs)
         listed = [to_proto(job, newest.get(job.id)) for job in page.jobs]
         for job in listed:
             job.ClearField("history")
-        return pb.ListJobsResponse(jobs=listed, next_page_token=str(page.next_before or ""))
+        return pb.ListJobsResponse(jobs=listed, next_page_token=page_token(page.next_before, request.filter))
 
     @answer
     def CancelJob(self, request: pb.CancelJobRequest, context: grpc.ServicerContext) -> pb.CancelJobResponse:
@@ -156,6 +178,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         if not job.ended:
             raise Refused("JobNotEnded", f"job {job.id} is {job.state}: its output can be pulled once it has ended")
         output = job_folder(self._state, job.id).output
+        if not output.parent.exists() and job.expires is not None:
+            kept = f"they were kept for {job.spec.limits.keep_for:g} s (limits.keep_for)"
+            raise Refused("NoOutput", f"the files of job {job.id} are removed: {kept}")
         if not output.is_dir() or output.is_symlink():
             raise Refused("NoOutput", f"job {job.id} left no output: it is {job.state}, {job.message}")
         try:
@@ -217,6 +242,7 @@ def to_proto(job: Job, progress: job_pb2.Report | None) -> job_pb2.Job:
         queue_position=job.queue_position,
         progress=progress,
         summary=job.summary,
+        owner=job.owner,
     )
 
 

@@ -1,78 +1,21 @@
-"""The truth about jobs, in one SQLite file: jobs, their history, what their workers reported, request ids.
+"""The truth about jobs, in a database: jobs, their history, what their workers reported, request ids, labels.
 
 Rules: a row of `history` or `reports` is only ever added; a job's newest state is the last row of its history; whatever
-a call returned is on disk. Times are whole microseconds since 1970 UTC. Any thread may call; writes are one at a time.
+a call returned is on disk. Any thread may call; every call raises StoreUnavailable when the database does not answer.
 """
 
 from __future__ import annotations
 
-import sqlite3
-import threading
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime, timedelta
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import sqlalchemy as sa
 
-from coordinator.jobs import ENDED, Job, JobState, Process, StateChange
+from coordinator.database import Database
+from coordinator.jobs import ENDED, Job, JobState, StateChange, is_id
+from coordinator.rows import change_of, changing_columns, fixed_columns, history_rows, job_of, label_rows
+from coordinator.schema import history, jobs, labels, reports, requests
 from protos import job_pb2
-
-SCHEMA_VERSION = 1
-BUSY_SECONDS = 10  # how long a write waits for another program that reads the file
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
-
-_tables = sa.MetaData()
-_jobs = sa.Table(
-    "jobs",
-    _tables,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),  # the order of submission
-    sa.Column("id", sa.Text, nullable=False, unique=True),
-    sa.Column("spec", sa.LargeBinary, nullable=False),
-    sa.Column("state", sa.Text, nullable=False, index=True),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("message", sa.Text, nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("queue_position", sa.Integer, nullable=False),
-    sa.Column("token_digest", sa.Text),
-    sa.Column("pid", sa.Integer),
-    sa.Column("start_ticks", sa.Integer),
-    sa.Column("summary", sa.LargeBinary),
-    sqlite_autoincrement=True,
-)
-_history = sa.Table(
-    "history",
-    _tables,
-    sa.Column("job", sa.Integer, sa.ForeignKey("jobs.number"), primary_key=True),
-    sa.Column("place", sa.Integer, primary_key=True),
-    sa.Column("state", sa.Text, nullable=False),
-    sa.Column("reason", sa.Text, nullable=False),
-    sa.Column("message", sa.Text, nullable=False),
-    sa.Column("time_microseconds", sa.Integer, nullable=False),
-)
-_reports = sa.Table(
-    "reports",
-    _tables,
-    sa.Column("number", sa.Integer, primary_key=True, autoincrement=True),
-    sa.Column("job", sa.Integer, sa.ForeignKey("jobs.number"), nullable=False),
-    sa.Column("attempt", sa.Integer, nullable=False),
-    sa.Column("step", sa.Integer, nullable=False),
-    sa.Column("report", sa.LargeBinary, nullable=False),
-    sa.Index("reports_by_step", "job", "step"),
-    sa.Index("reports_by_number", "job", "number"),
-    sqlite_autoincrement=True,
-)
-_requests = sa.Table(
-    "requests",
-    _tables,
-    sa.Column("request_id", sa.Text, primary_key=True),
-    sa.Column("job", sa.Integer, sa.ForeignKey("jobs.number"), nullable=False),
-)
-
-
-class StoreUnusable(Exception):
-    """The file is not a store this version can use; the message says which and what to do."""
 
 
 class NumberedReport(NamedTuple):
@@ -88,205 +31,168 @@ class JobPage(NamedTuple):
 
 
 class Store:
-    """The open file."""
+    """The open database. StoreUnusable where it cannot be opened."""
 
-    def __init__(self, path: Path) -> None:
-        self._write = threading.Lock()
-        self._engine = sa.create_engine(f"sqlite:///{path}", connect_args={"timeout": BUSY_SECONDS}, max_overflow=-1)
-        sa.event.listen(self._engine, "connect", _prepare)
-        try:
-            with self._engine.begin() as connection:
-                version = connection.exec_driver_sql("PRAGMA user_version").scalar_one()
-                if version not in (0, SCHEMA_VERSION):
-                    raise StoreUnusable(
-                        f"{path} was written by another version of paceline (schema {version}, this one has "
-                        f"{SCHEMA_VERSION}): use that version or another --state folder"
-                    )
-                _tables.create_all(connection)
-                connection.exec_driver_sql(f"PRAGMA user_version = {SCHEMA_VERSION}")
-        except sa.exc.DBAPIError as fault:
-            self._engine.dispose()
-            raise StoreUnusable(f"{path} cannot be used as a job store: {fault.orig}") from fault
-        except StoreUnusable:
-            self._engine.dispose()
-            raise
+    def __init__(self, url: sa.URL) -> None:
+        self._database = Database(url)
 
     def close(self) -> None:
-        self._engine.dispose()
+        self._database.close()
 
     # ------------------------------------------------------------------------------------------------------- writing
 
     def add(self, job: Job, request_id: str = "") -> None:
         """Store a new job and the request that made it, both or neither. KeyError when the id is taken."""
-        with self._write, self._engine.begin() as connection:
-            if connection.execute(sa.select(_jobs.c.number).where(_jobs.c.id == job.id)).first():
+        with self._database.writing() as connection:
+            if connection.execute(sa.select(jobs.c.number).where(jobs.c.id == job.id)).first():
                 raise KeyError(job.id)
-            row = {"id": job.id, "spec": job.spec.SerializeToString(deterministic=True), **_changing(job)}
-            number = connection.execute(sa.insert(_jobs).values(row).returning(_jobs.c.number)).scalar_one()
-            connection.execute(sa.insert(_history), _history_rows(number, job.history))
+            row = {**fixed_columns(job), **changing_columns(job)}
+            number = connection.execute(sa.insert(jobs).values(row).returning(jobs.c.number)).scalar_one()
+            connection.execute(sa.insert(history), history_rows(number, job.history))
+            if rows := label_rows(number, job):
+                connection.execute(sa.insert(labels), rows)
             if request_id:
-                connection.execute(sa.insert(_requests).values(request_id=request_id, job=number))
+                connection.execute(sa.insert(requests).values(request_id=request_id, job=number))
 
     def save(self, job: Job) -> None:
-        """Store what `advance` made of a job. KeyError when there is no such job."""
-        with self._write, self._engine.begin() as connection:
-            number = connection.execute(sa.select(_jobs.c.number).where(_jobs.c.id == job.id)).scalar_one_or_none()
+        """Store what `advance` made of a job. KeyError when there is no such job.
+
+        `advance` enters one state at most. So a stored row in that one's place, or behind it, is of a move whose commit
+        nobody was told of, because the database went away: it gives way to what became of the job instead.
+        """
+        with self._database.writing() as connection:
+            number = connection.execute(sa.select(jobs.c.number).where(jobs.c.id == job.id)).scalar_one_or_none()
             if number is None:
                 raise KeyError(job.id)
-            connection.execute(sa.update(_jobs).where(_jobs.c.number == number).values(_changing(job)))
-            count = sa.select(sa.func.count()).select_from(_history).where(_history.c.job == number)
-            stored = connection.execute(count).scalar_one()
-            if new := _history_rows(number, job.history)[stored:]:
-                connection.execute(sa.insert(_history), new)
+            connection.execute(sa.update(jobs).where(jobs.c.number == number).values(changing_columns(job)))
+            last = len(job.history) - 1
+            tail = sa.and_(history.c.job == number, history.c.place >= last)
+            stored = connection.execute(sa.select(history.c.state).where(tail)).scalars().all()
+            if stored != [job.state.value]:
+                if stored:
+                    connection.execute(sa.delete(history).where(tail))
+                connection.execute(sa.insert(history), history_rows(number, job.history)[last:])
 
-    def add_reports(self, job_id: str, attempt: int, reports: Sequence[job_pb2.Report]) -> list[job_pb2.Report]:
+    def save_queue(self, waiting: Sequence[Job]) -> None:
+        """Store why each of these jobs waits, and its place, at once: the whole queue moves when one job starts."""
+        rows = [
+            {"waiting": job.id, "reason": job.reason, "message": job.message, "queue_position": job.queue_position}
+            for job in waiting
+        ]
+        if rows:
+            with self._database.writing() as connection:
+                connection.execute(sa.update(jobs).where(jobs.c.id == sa.bindparam("waiting")), rows)
+
+    def add_reports(self, job_id: str, attempt: int, new_reports: Sequence[job_pb2.Report]) -> list[job_pb2.Report]:
         """Store the reports that are new and return those: a worker that had no answer sends its lines again."""
-        if not reports:
+        if not new_reports:
             return []
-        with self._write, self._engine.begin() as connection:
-            number = connection.execute(sa.select(_jobs.c.number).where(_jobs.c.id == job_id)).scalar_one()
+        with self._database.writing() as connection:
+            number = connection.execute(sa.select(jobs.c.number).where(jobs.c.id == job_id)).scalar_one()
             known = connection.execute(
-                sa.select(_reports.c.report).where(
-                    _reports.c.job == number,
-                    _reports.c.attempt == attempt,
-                    _reports.c.step.in_({report.step for report in reports}),
+                sa.select(reports.c.report).where(
+                    reports.c.job == number,
+                    reports.c.attempt == attempt,
+                    reports.c.step.in_({report.step for report in new_reports}),
                 )
             ).scalars()
             seen = set(known)
             new: list[job_pb2.Report] = []
             rows: list[dict[str, Any]] = []
-            for report in reports:
+            for report in new_reports:
                 line = report.SerializeToString(deterministic=True)
                 if line not in seen:
                     seen.add(line)
                     new.append(report)
                     rows.append({"job": number, "attempt": attempt, "step": report.step, "report": line})
             if rows:
-                connection.execute(sa.insert(_reports), rows)
+                connection.execute(sa.insert(reports), rows)
             return new
+
+    def mark_removed(self, job_id: str) -> None:
+        """The files of an ended job are gone; it does not expire again."""
+        with self._database.writing() as connection:
+            connection.execute(sa.update(jobs).where(jobs.c.id == job_id).values(expires_microseconds=None))
 
     # ------------------------------------------------------------------------------------------------------- reading
 
     def get(self, job_id: str) -> Job | None:
-        return next(iter(self._read(sa.select(_jobs).where(_jobs.c.id == job_id))), None)
+        return next(iter(self._read(sa.select(jobs).where(jobs.c.id == job_id))), None) if is_id(job_id) else None
 
     def request(self, request_id: str) -> Job | None:
         """The job a request made."""
-        made = sa.select(_requests.c.job).where(_requests.c.request_id == request_id)
-        return next(iter(self._read(sa.select(_jobs).where(_jobs.c.number.in_(made)))), None)
+        made = sa.select(requests.c.job).where(requests.c.request_id == request_id)
+        return next(iter(self._read(sa.select(jobs).where(jobs.c.number.in_(made)))), None)
 
     def open_jobs(self) -> list[Job]:
         """Every job that has not ended, in the order of submission."""
-        return self._read(sa.select(_jobs).where(_jobs.c.state.not_in(ENDED)).order_by(_jobs.c.number))
+        return self._read(sa.select(jobs).where(jobs.c.state.not_in(ENDED)).order_by(jobs.c.number))
 
-    def page(self, size: int, before: int | None = None) -> JobPage:
-        """The newest jobs submitted before that one."""
-        query = sa.select(_jobs.c.number).order_by(_jobs.c.number.desc()).limit(size + 1)
+    def page(self, size: int, before: int | None = None, condition: sa.ColumnElement[bool] | None = None) -> JobPage:
+        """The newest jobs submitted before that one, of those that fulfil the condition."""
+        query = sa.select(jobs.c.number).order_by(jobs.c.number.desc()).limit(size + 1)
         if before is not None:
-            query = query.where(_jobs.c.number < before)
-        with self._engine.connect() as connection:
+            query = query.where(jobs.c.number < before)
+        if condition is not None:
+            query = query.where(condition)
+        with self._database.reading() as connection:
             numbers = list(connection.execute(query).scalars())
         shown = numbers[:size]
-        jobs = self._read(sa.select(_jobs).where(_jobs.c.number.in_(shown)).order_by(_jobs.c.number.desc()))
-        return JobPage(jobs, shown[-1] if len(numbers) > size else None)
+        found = self._read(sa.select(jobs).where(jobs.c.number.in_(shown)).order_by(jobs.c.number.desc()))
+        return JobPage(found, shown[-1] if len(numbers) > size else None)
 
     def count_by_state(self) -> dict[JobState, int]:
         """How many jobs are in each state, zeros included."""
-        with self._engine.connect() as connection:
-            rows = connection.execute(sa.select(_jobs.c.state, sa.func.count()).group_by(_jobs.c.state)).all()
+        with self._database.reading() as connection:
+            rows = connection.execute(sa.select(jobs.c.state, sa.func.count()).group_by(jobs.c.state)).all()
         found = {row[0]: row[1] for row in rows}
         return {state: found.get(state.value, 0) for state in JobState}
+
+    def expiries(self) -> list[tuple[str, int]]:
+        """Ended jobs whose files are to be removed, with the microsecond since 1970 when; the first to go first."""
+        when = jobs.c.expires_microseconds
+        query = sa.select(jobs.c.id, when).where(when.is_not(None)).order_by(when)
+        with self._database.reading() as connection:
+            return [(row.id, row.expires_microseconds) for row in connection.execute(query)]
 
     def reports(
         self, job_id: str, after_step: int = 0, after_number: int = 0, limit: int = 1000
     ) -> list[NumberedReport]:
         """Reports of later steps and later numbers, oldest first, at most `limit`."""
         query = (
-            sa.select(_reports.c.number, _reports.c.report)
-            .join(_jobs, _jobs.c.number == _reports.c.job)
-            .where(_jobs.c.id == job_id, _reports.c.step > after_step, _reports.c.number > after_number)
-            .order_by(_reports.c.number)
+            sa.select(reports.c.number, reports.c.report)
+            .join(jobs, jobs.c.number == reports.c.job)
+            .where(jobs.c.id == job_id, reports.c.step > after_step, reports.c.number > after_number)
+            .order_by(reports.c.number)
             .limit(limit)
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(query).all()
         return [NumberedReport(number, job_pb2.Report.FromString(line)) for number, line in rows]
 
     def newest_reports(self, job_ids: Iterable[str]) -> dict[str, job_pb2.Report]:
         """The last report of each of these jobs that has one."""
         newest = (
-            sa.select(sa.func.max(_reports.c.number))
-            .join(_jobs, _jobs.c.number == _reports.c.job)
-            .where(_jobs.c.id.in_(list(job_ids)))
-            .group_by(_reports.c.job)
+            sa.select(sa.func.max(reports.c.number))
+            .join(jobs, jobs.c.number == reports.c.job)
+            .where(jobs.c.id.in_(list(job_ids)))
+            .group_by(reports.c.job)
         )
         query = (
-            sa.select(_jobs.c.id, _reports.c.report)
-            .join(_jobs, _jobs.c.number == _reports.c.job)
-            .where(_reports.c.number.in_(newest))
+            sa.select(jobs.c.id, reports.c.report)
+            .join(jobs, jobs.c.number == reports.c.job)
+            .where(reports.c.number.in_(newest))
         )
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             return {job_id: job_pb2.Report.FromString(line) for job_id, line in connection.execute(query)}
 
     def _read(self, query: sa.Select[Any]) -> list[Job]:
-        with self._engine.connect() as connection:
+        with self._database.reading() as connection:
             rows = connection.execute(query).all()
-            numbers = [row.number for row in rows]
-            query = sa.select(_history).where(_history.c.job.in_(numbers)).order_by(_history.c.place)
-            histories: dict[int, list[StateChange]] = {number: [] for number in numbers}
-            for change in connection.execute(query):
-                entered = _EPOCH + change.time_microseconds * _MICROSECOND
-                histories[change.job].append(
-                    StateChange(JobState(change.state), change.reason, change.message, entered)
-                )
-        return [_job(row, tuple(histories[row.number])) for row in rows]
-
-
-def _prepare(connection: sqlite3.Connection, _record: object) -> None:
-    """WAL lets readers and the writer work side by side; FULL puts every commit on disk before it returns."""
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}").close()
-
-
-def _changing(job: Job) -> dict[str, Any]:
-    """The columns of a job that change."""
-    return {
-        "state": job.state.value,
-        "reason": job.reason,
-        "message": job.message,
-        "attempt": job.attempt,
-        "queue_position": job.queue_position,
-        "token_digest": job.token_digest,
-        "pid": job.process.pid if job.process else None,
-        "start_ticks": job.process.start_ticks if job.process else None,
-        "summary": job.summary.SerializeToString(deterministic=True) if job.summary else None,
-    }
-
-
-def _history_rows(number: int, history: Sequence[StateChange]) -> list[dict[str, Any]]:
-    return [
-        {
-            "job": number,
-            "place": place,
-            "state": change.state.value,
-            "reason": change.reason,
-            "message": change.message,
-            "time_microseconds": (change.time - _EPOCH) // _MICROSECOND,
-        }
-        for place, change in enumerate(history)
-    ]
-
-
-def _job(row: sa.Row[Any], history: tuple[StateChange, ...]) -> Job:
-    return Job(
-        id=row.id,
-        spec=job_pb2.JobSpec.FromString(row.spec),
-        history=history,
-        reason=row.reason,
-        message=row.message,
-        attempt=row.attempt,
-        queue_position=row.queue_position,
-        token_digest=row.token_digest,
-        process=None if row.pid is None else Process(row.pid, row.start_ticks),
-        summary=None if row.summary is None else job_pb2.Summary.FromString(row.summary),
-    )
+            histories: dict[int, list[StateChange]] = {row.number: [] for row in rows}
+            same = query.with_only_columns(jobs.c.number).order_by(None)
+            for change in connection.execute(
+                sa.select(history).where(history.c.job.in_(same)).order_by(history.c.place)
+            ):
+                histories[change.job].append(change_of(change))
+        return [job_of(row, tuple(histories[row.number])) for row in rows]

@@ -7,6 +7,8 @@ COORDINATOR_ADDRESS = "PACELINE_COORDINATOR"  # host:port of the CoordinatorServ
 JOB_ID = "PACELINE_JOB_ID"
 JOB_ATTEMPT = "PACELINE_JOB_ATTEMPT"
 JOB_TOKEN = "PACELINE_JOB_TOKEN"
+STORE = "PACELINE_STORE"  # what `paceline serve` takes when --store is absent; it may hold a password
+PARAMETERS_ALLOWED = "PACELINE_PARAMETERS_ALLOWED"  # of a job's model, at most; absent: any number
 SERVER_ADDRESS = "PACELINE_SERVER"  # what client verbs take when --server is absent
 
 # The pip-installed Open MPI probes UCX for a second at start and prints errors about it. Where there is no InfiniBand,

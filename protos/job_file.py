@@ -16,7 +16,7 @@ import os
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from google.protobuf import json_format
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
@@ -24,6 +24,7 @@ from google.protobuf.message import Message
 
 from protos.job_pb2 import JobSpec
 from protos.job_text import MAX_BYTES, Tree, Unreadable, read_text, write_text
+from protos.labels import is_label, is_map
 from protos.rules import (
     FLOATS,
     INTEGERS,
@@ -87,6 +88,8 @@ def to_dict(spec: Message) -> dict[str, Any]:
 
 
 def _plain(field: FieldDescriptor, value: Any) -> Any:
+    if is_map(field):
+        return {name: value[name] for name in sorted(value)}
     if field.is_repeated:
         return [_plain_value(element) for element in value]
     return _plain_value(value)
@@ -128,7 +131,7 @@ def _make_paths_absolute(message: Message, folder: Path) -> None:
     for field, value in message.ListFields():
         if rule_of(field).path:
             setattr(message, field.name, value if is_url(value) else os.path.join(folder, value))
-        elif field.message_type is not None:
+        elif field.message_type is not None and not is_map(field):
             for part in value if field.is_repeated else [value]:
                 _make_paths_absolute(part, folder)
 
@@ -240,12 +243,28 @@ class _Reading:
                 self.explained.add(f"{path}.{near}" if path else near)
             hint = f"; did you mean {near}?" if near else ""
             return self.fault(place, f"is unknown; known here: {_names(descriptor)}{hint}")
+        if is_map(field):
+            return self.texts(field, tree, place)
         if field.is_repeated:
             return self.elements(field, tree, place)
         if tree is None and name in option_words(descriptor):
             # `- relu:` names the option; what is no message has no defaults to stand for.
             return {} if field.message_type else self.fault(place, f"needs a value{_such_as(field)}")
         return _NO_VALUE if tree is None else self.value(field, tree, place)
+
+    def texts(self, field: FieldDescriptor, tree: Tree, place: str) -> Any:
+        if tree is None:
+            return _NO_VALUE
+        if not isinstance(tree, dict):
+            return self.fault(place, f"holds {_kind(tree)} where names with a text each are expected")
+        entry = cast(Descriptor, field.message_type)
+        of_names, of_texts = entry.fields_by_name["key"], entry.fields_by_name["value"]
+        read = {
+            name: self.value(of_texts, text, f"{place}.{name if is_label(name) else quoted(name)}")
+            for name, text in tree.items()
+            if self.value(of_names, name, place) is not _NO_VALUE
+        }
+        return {name: text for name, text in read.items() if text is not _NO_VALUE}
 
     def elements(self, field: FieldDescriptor, tree: Tree, place: str) -> Any:
         if tree is None:

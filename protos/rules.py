@@ -18,7 +18,8 @@ from google.protobuf.message import Message
 
 from protos import options_pb2
 from protos.job_pb2 import JobSpec, Layer
-from protos.wording import not_one_of, number
+from protos.labels import LABEL_RULE, is_label, is_map
+from protos.wording import not_one_of, number, quoted
 
 INTEGERS = frozenset(
     {
@@ -104,7 +105,11 @@ def _message_violations(message: Message, path: str) -> Iterator[Violation]:
 def _field_violations(message: Message, field: FieldDescriptor, place: str) -> Iterator[Violation]:
     rule = rule_of(field)
     value = getattr(message, field.name)
-    if field.is_repeated:
+    if is_map(field):
+        given = [(text, f"{place}.{name}") for name, text in sorted(value.items()) if is_label(name)]
+        unfit = (quoted(name) for name in sorted(value) if not is_label(name))
+        yield from (Violation(place, f"the name {name} is not {LABEL_RULE}") for name in unfit)
+    elif field.is_repeated:
         given = [(element, f"{place}[{index}]") for index, element in enumerate(value)]
     elif message.HasField(field.name) if field.has_presence else bool(value):
         given = [(value, place)]
@@ -112,10 +117,10 @@ def _field_violations(message: Message, field: FieldDescriptor, place: str) -> I
         given = []
     if rule.required and not given:
         yield Violation(place, f"is required{_what_it_takes(field)}")
-    if rule.longest and len(given) > rule.longest:
-        yield Violation(place, f"has {len(given)} elements, which is not at most {rule.longest}")
+    if rule.longest and field.is_repeated and len(value) > rule.longest:
+        yield Violation(place, f"has {len(value)} elements, which is not at most {rule.longest}")
     for element, element_place in given:
-        if field.message_type is None:
+        if field.message_type is None or is_map(field):
             yield from (Violation(element_place, fault) for fault in _value_faults(element, rule))
         else:
             yield from _choice_violations(element, element_place, rule)
@@ -136,6 +141,8 @@ def _choice_violations(message: Message, place: str, rule: options_pb2.Rule) -> 
 
 def _value_faults(value: float | str | bool, rule: options_pb2.Rule) -> Iterator[str]:
     if isinstance(value, str):
+        if rule.label and not is_label(value):
+            yield f"{quoted(value)} is not {LABEL_RULE}"
         if rule.one_of and value not in rule.one_of:
             yield not_one_of(value, rule.one_of)
         return
@@ -169,17 +176,13 @@ def _one_preprocessing(spec: JobSpec) -> Violation | None:
 
 
 def _bytes_stay_whole(spec: JobSpec) -> Violation | None:
+    why = "is given beside `text`, whose features are the numbers of bytes; remove it"
     if chosen_option(spec.data.train) != "text":
         return None
     if spec.data.standardize:
-        return Violation(
-            "data.standardize", "is given beside `text`, whose features are the numbers of bytes; remove it"
-        )
+        return Violation("data.standardize", why)
     if spec.data.HasField("scale") and spec.data.scale != 1:
-        given = number(spec.data.scale)
-        return Violation(
-            "data.scale", f"{given} is given beside `text`, whose features are the numbers of bytes; remove it"
-        )
+        return Violation("data.scale", f"{number(spec.data.scale)} {why}")
     return None
 
 
@@ -227,23 +230,17 @@ def _pieces_beside_synchronized(spec: JobSpec) -> Violation | None:
     place = _synchronized_layer(spec.model, "model")
     if not (spec.training.micro_batch and place):
         return None
-    given = number(spec.training.micro_batch)
-    return Violation(
-        "training.micro_batch",
-        f"{given} is given beside {place}.synchronized, whose statistics are those of the whole batch at once; "
-        "remove one of the two",
-    )
+    beside = f"{number(spec.training.micro_batch)} is given beside {place}.synchronized"
+    why = "whose statistics are those of the whole batch at once"
+    return Violation("training.micro_batch", f"{beside}, {why}; remove one of the two")
 
 
 def _local_beside_synchronized(spec: JobSpec) -> Violation | None:
     place = _synchronized_layer(spec.model, "model")
     if not (spec.sync.HasField("local") and place):
         return None
-    return Violation(
-        "sync.local",
-        f"is given beside {place}.synchronized, whose statistics all workers add up in every step; "
-        "remove one of the two",
-    )
+    beside = f"{place}.synchronized, whose statistics all workers add up in every step"
+    return Violation("sync.local", f"is given beside {beside}; remove one of the two")
 
 
 def _synchronized_layer(layers: Iterable[Layer], path: str) -> str | None:
@@ -359,6 +356,8 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
 def _fill_in(message: Message) -> None:
     for field in schema_of(message).fields:
         rule = rule_of(field)
+        if is_map(field):
+            continue
         if field.message_type is None:
             if rule.default and not message.HasField(field.name):
                 setattr(message, field.name, default_value(field))

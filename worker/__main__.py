@@ -216,6 +216,9 @@ def train(arguments: argparse.Namespace) -> int:
     if arguments.log_dir is not None:
         processes.redirect_output(arguments.log_dir, rank)
     processes.die_with_parent(os.environ)
+    from worker.termination import StopRequest
+
+    stop = StopRequest()
     # Read before NumPy is loaded, which takes BLAS's threads from the environment; a fault is raised by all together.
     found: job_pb2.JobSpec | UsageFault
     try:
@@ -228,7 +231,6 @@ def train(arguments: argparse.Namespace) -> int:
     from worker.run import run_job
     from worker.sync.heartbeats import Heartbeats
     from worker.sync.world import AgreedFault, World
-    from worker.termination import LastWords
     from worker.watchdog import Watchdog, look_seconds
 
     world = World()
@@ -261,16 +263,22 @@ def train(arguments: argparse.Namespace) -> int:
     except AgreedFault as fault:
         return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
 
-    def say_who_is_gone() -> None:
-        world.beat.leave()
-        if not heartbeats.spoken():
-            for line in heartbeats.gone():
-                fail(line, ExitCode.FAILED)
+    def last_words(too_late: bool) -> None:
+        lines = [] if heartbeats.spoken() else heartbeats.gone()
+        if too_late and not lines and not heartbeats.spoken():
+            here = world.beat.seen()
+            lines = [
+                f"{place}{here.place()}: told to end by SIGTERM {job.limits.grace_seconds:g} s ago and the step is "
+                "not done: it ends without a checkpoint; raise limits.grace_seconds (and what the launcher waits)"
+            ]
+        world.beat.leave(spoken=bool(lines))
+        for line in lines:
+            fail(line, ExitCode.FAILED)
 
     shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
     heartbeats = Heartbeats(world, shared_memory)
     watchdog = Watchdog(job.limits.stall_seconds, stalled, world.beat.live)
-    last_words = LastWords(say_who_is_gone) if world.size > 1 else None
+    stop.last_words(lambda: heartbeats.spoken() or bool(heartbeats.dead()), last_words)
 
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
         """A fault of this rank alone ends the job for all."""
@@ -280,7 +288,8 @@ def train(arguments: argparse.Namespace) -> int:
         world.abort(ExitCode.FAILED)
 
     try:
-        run_job(world, job, arguments.output, arguments.resume, processes.process_start_time(), say, watchdog)
+        started = processes.process_start_time()
+        code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop)
     except AgreedFault as fault:
         if world.rank == 0:
             fail(str(fault), fault.exit_code)
@@ -299,10 +308,9 @@ def train(arguments: argparse.Namespace) -> int:
     finally:
         world.beat.leave()
         watchdog.stop()
-        if last_words is not None:
-            last_words.stop()
+        stop.stop()
     heartbeats.close()
-    return ExitCode.DONE
+    return code
 
 
 def read_job(path: Path, settings: Sequence[str] = ()) -> job_pb2.JobSpec:

@@ -26,7 +26,5 @@ class BestWeights:
         losses = validation_losses(position.validations)
         if best_epoch(losses) != len(losses):
             return
-        if self.weights is None:
-            self.weights = np.empty_like(weights)
-        np.copyto(self.weights, weights)
-        self.state = state.copy()
+        # New arrays: those of before may still be on their way to the disk.
+        self.weights, self.state = weights.copy(), state.copy()

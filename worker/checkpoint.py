@@ -1,7 +1,8 @@
 """Resumable state of a run: weights, optimizer state and where in the data it stands, one safetensors file each.
 
-Rules: a checkpoint is complete or absent (temporary file, fsync, rename, fsync of the folder). State is stored over
-the whole flat vector and never by rank, so any number of ranks can take it up. Nothing is unpickled.
+Rules: a checkpoint is complete or absent (temporary file, fsync, rename, fsync of the folder), and one that was changed
+since is known by its checksum (checked_file.py). State is stored over the whole flat vector and never by rank, so any
+number of ranks can take it up. Nothing is unpickled.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import os
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from worker.checked_file import damage, write_checked
 from worker.errors import CheckpointFault
+from worker.measurements import Position, from_plain
 
 FILE_NAME = re.compile(r"step-(\d{9})\.safetensors")
 PARAMETERS = "parameters"
@@ -42,6 +45,15 @@ class Checkpoint:
     best: np.ndarray | None = None  # the evaluated weights of the best epoch, where they are to be kept
     model_state: np.ndarray | None = None  # (state_count,) float32, running statistics; None where there are none
     best_model_state: np.ndarray | None = None  # those of the best epoch
+    # In the midst of an epoch, as in Position: what is done of it.
+    batches: int = 0
+    sums: tuple[float, float, int] = (0.0, 0.0, 0)
+    highest_loss: float = 0.0
+
+    @property
+    def position(self) -> Position:
+        """How far the run had come."""
+        return Position(**{field.name: getattr(self, field.name) for field in fields(Position)})
 
 
 def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
@@ -59,14 +71,12 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     }
     tensors |= {name: array for name, array in optional.items() if array is not None}
     metadata = {
-        "step": str(checkpoint.step),
-        "epoch": str(checkpoint.epoch),
-        "samples": str(checkpoint.samples),
         "layout_digest": checkpoint.layout_digest,
         "decayed": json.dumps(checkpoint.decayed),
-        "validations": json.dumps(checkpoint.validations),
+        **{name: json.dumps(value) for name, value in asdict(checkpoint.position).items()},
     }
-    write_safetensors(path, tensors, metadata)
+    with replacing(path) as temporary:
+        write_checked(temporary, tensors, metadata)
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -132,6 +142,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
     Raises:
         CheckpointFault: it is not there, damaged, or not a checkpoint.
     """
+    try:
+        if what := damage(path):
+            raise CheckpointFault(f"{path}: is damaged: {what}")
+    except FileNotFoundError as error:
+        raise CheckpointFault(f"{path}: is not there") from error
+    except OSError as error:
+        raise CheckpointFault(f"{path}: cannot be read: {error.strerror}") from error
     tensors, metadata = read_safetensors(path)
     try:
         parameters = tensors.pop(PARAMETERS)
@@ -139,14 +156,11 @@ def read_checkpoint(path: Path) -> Checkpoint:
             tensors.pop(name, None) for name in (BEST, MODEL_STATE, BEST_MODEL_STATE)
         )
         return Checkpoint(
-            step=int(metadata["step"]),
-            epoch=int(metadata["epoch"]),
-            samples=int(metadata["samples"]),
+            **vars(from_plain({field.name: json.loads(metadata[field.name]) for field in fields(Position)})),
             layout_digest=metadata["layout_digest"],
             decayed=[(int(start), int(stop)) for start, stop in json.loads(metadata["decayed"])],
             parameters=parameters,
             state={name.removeprefix(STATE_PREFIX): array for name, array in tensors.items()},
-            validations=tuple(json.loads(metadata.get("validations", "[]"))),
             best=best,
             model_state=model_state,
             best_model_state=best_model_state,
@@ -201,6 +215,17 @@ def newest_checkpoint(folder: Path, say: Callable[[str], None]) -> Checkpoint:
     raise CheckpointFault(
         f"{folder}: holds no checkpoint that can be read ({len(paths)} damaged); start anew without --resume"
     )
+
+
+def remove_leftovers(folder: Path, newest: int) -> None:
+    """Remove what a killed process left half written, and checkpoints after step `newest`, from which a run goes on.
+
+    Those are damaged; as the newest few they would push out the good ones that come.
+    """
+    later = [path for path in list_checkpoints(folder) if path.name > checkpoint_path(folder, newest).name]
+    for path in [*folder.glob(".step-*.tmp"), *later]:
+        if path.is_file():
+            path.unlink(missing_ok=True)
 
 
 def prune_checkpoints(folder: Path, keep: int) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from protos import environment
 
-Item = tuple[dict[str, Any], list[dict[str, Any]]]
+Item = tuple[dict[str, Any] | None, list[dict[str, Any]]]
 CALL_SECONDS = 5.0  # deadline of one call
 RETRY_SECONDS = 0.5
 CLOSE_SECONDS = 10.0  # how long the end of a job waits for the last reports to leave
@@ -38,8 +38,8 @@ class CoordinatorClient:
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
         self._thread.start()
 
-    def send(self, report: dict[str, Any], ranks: list[dict[str, Any]]) -> None:
-        """Queue one report; returns at once."""
+    def send(self, report: dict[str, Any] | None, ranks: list[dict[str, Any]]) -> None:
+        """Queue one report, or news of ranks without one; returns at once."""
         self._queue.put((report, ranks))
 
     def close(self) -> None:
@@ -84,11 +84,12 @@ class CoordinatorClient:
 
         from protos import coordinator_pb2, job_pb2
 
+        newest = {rank["rank"]: rank for _, ranks in batch for rank in ranks}
         request = coordinator_pb2.ReportProgressRequest(
             job_id=self._job_id,
             attempt=self._attempt,
-            reports=[json_format.ParseDict(report, job_pb2.Report()) for report, _ in batch],
-            ranks=[coordinator_pb2.RankReport(**rank) for rank in batch[-1][1]],
+            reports=[json_format.ParseDict(report, job_pb2.Report()) for report, _ in batch if report is not None],
+            ranks=[coordinator_pb2.RankReport(**rank) for rank in newest.values()],
         )
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
         while tries_after_closing > 0:

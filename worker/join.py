@@ -153,7 +153,8 @@ class Guest:
         low, high = share(first, stop, *exchange.place)
         moment = Moment(self._job.training.seed, number, low - first)
         sums = self._accumulator.compute(self._reader, order[low:high], order[:0], moment, Meter())
-        self._totals[: len(TOTALS)] = sums.loss, sums.correct, 0
+        self._totals[: len(TOTALS)] = 0  # a guest asks for no report and no stop
+        self._totals[:2] = sums.loss, sums.correct
         last = self._leaving.asked
         exchange.take_part(number, stop - first, last)
         return last

@@ -22,6 +22,15 @@ class Position:
     epoch: int = 0
     samples: int = 0
     validations: tuple[dict[str, Any], ...] = ()  # one an epoch, by the names of metrics.jsonl
+    batches: int = 0  # done of the epoch under way, behind those `epoch` counts
+    sums: tuple[float, float, int] = (0.0, 0.0, 0)  # of these batches: loss, right labels, samples
+    highest_loss: float = 0.0  # above which the run has diverged; 0 before its first step
+
+
+def from_plain(held: dict[str, Any]) -> Position:
+    """The position whose fields came back from JSON."""
+    fields: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in held.items()}
+    return Position(**fields)
 
 
 def validation_losses(validations: tuple[dict[str, Any], ...]) -> tuple[float, ...]:
@@ -32,14 +41,16 @@ def validation_losses(validations: tuple[dict[str, Any], ...]) -> tuple[float, .
 class Meter:
     """Loss, right labels and samples of the global batches since it was made, and this rank's seconds by phase."""
 
-    def __init__(self, begin_phase: Callable[[str], None] = lambda phase: None) -> None:
-        """`begin_phase` is told which phase of computing a share begins."""
+    def __init__(
+        self,
+        begin_phase: Callable[[str], None] = lambda phase: None,
+        sums: tuple[float, float, int] = (0.0, 0.0, 0),
+    ) -> None:
+        """`begin_phase` is told which phase of computing a share begins; `sums` are what it goes on from."""
         self._begin_phase = begin_phase
         self.began = perf_counter()
         self.phase_seconds = dict.fromkeys(PHASES, 0.0)
-        self._loss = 0.0
-        self._correct = 0.0
-        self._samples = 0
+        self._loss, self._correct, self._samples = sums
         self._lap = self.began
 
     def start_step(self) -> None:
@@ -65,6 +76,11 @@ class Meter:
         self._loss += loss
         self._correct += correct
         self._samples += samples
+
+    @property
+    def sums(self) -> tuple[float, float, int]:
+        """Loss, right labels and samples."""
+        return self._loss, self._correct, self._samples
 
     def mean_loss(self) -> float | None:
         """Over the samples; None before the first."""
@@ -127,7 +143,7 @@ def make_report(
     }
 
 
-def rank_report(rank: int, host: str, statistics: ExchangeStatistics, checkpoint_time: float | None) -> dict[str, Any]:
+def rank_report(rank: int, host: str, statistics: ExchangeStatistics) -> dict[str, Any]:
     """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
     report: dict[str, Any] = {
         "rank": rank,
@@ -138,7 +154,7 @@ def rank_report(rank: int, host: str, statistics: ExchangeStatistics, checkpoint
     }
     if statistics.servers is not None:
         report |= statistics.servers._asdict()
-    return report if checkpoint_time is None else report | {"checkpoint_time": checkpoint_time}
+    return report
 
 
 def finite_or_none(value: float) -> float | None:

@@ -15,8 +15,9 @@ from typing import Any
 from protos import job_pb2
 from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from worker import model_file
-from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, write_atomically
+from worker.checkpoint import Checkpoint, list_checkpoints, newest_checkpoint, remove_leftovers, write_atomically
 from worker.errors import OutputFault
+from worker.measurements import Position
 
 JOB = "job.yaml"
 METRICS = "metrics.jsonl"
@@ -24,9 +25,20 @@ SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
 GUESTS = "guests.json"  # there while a job runs that takes guests
 
-TRAINING_MAY_CHANGE = ("epochs", "keep_checkpoints", "micro_batch", "early_stopping")
+TRAINING_MAY_CHANGE = (
+    *("epochs", "keep_checkpoints", "checkpoint_seconds", "checkpoint_steps"),
+    *("micro_batch", "early_stopping"),
+)
 # A resumed job may name other values for these; everything else decides what the weights become.
-MAY_CHANGE = {"name": None, "workers": None, "limits": None, "sync": None, "training": TRAINING_MAY_CHANGE}
+MAY_CHANGE = {
+    "name": None,
+    "priority": None,
+    "labels": None,
+    "workers": None,
+    "limits": None,
+    "sync": None,
+    "training": TRAINING_MAY_CHANGE,
+}
 
 
 def check_outside_run(folder: Path, path: Path, remedy: str) -> None:
@@ -59,6 +71,7 @@ def open_new(folder: Path, job: job_pb2.JobSpec) -> None:
     try:
         (folder / CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         (folder / METRICS).unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+        remove_leftovers(folder / CHECKPOINTS, newest=0)
     except OSError as error:
         raise OutputFault(f"{folder}: cannot be made: {error.strerror}; name another folder with -o") from error
     write_atomically(folder / JOB, to_yaml(job).encode())
@@ -83,10 +96,12 @@ def open_again(folder: Path, job: job_pb2.JobSpec, say: Callable[[str], None]) -
     if difference:
         raise OutputFault(f"{folder}: was another job: {difference}; resume with the same job or name another -o")
     found = newest_checkpoint(folder / CHECKPOINTS, say)
-    if found.epoch > job.training.epochs:
+    if found.epoch + bool(found.batches) > job.training.epochs:
+        more = " and a part of the next" if found.batches else ""
         raise OutputFault(
-            f"{folder}: has done {found.epoch} epochs and training.epochs is {job.training.epochs}; ask for more"
+            f"{folder}: has done {found.epoch} epochs{more} and training.epochs is {job.training.epochs}; ask for more"
         )
+    remove_leftovers(folder / CHECKPOINTS, found.step)
     write_atomically(folder / JOB, to_yaml(job).encode())
     return found
 
@@ -101,18 +116,23 @@ def is_finished(folder: Path) -> bool:
     return (folder / model_file.FILE_NAME).exists() and (folder / SUMMARY).exists()
 
 
-def cut_metrics(folder: Path, last_step: int) -> None:
-    """Drop the lines of steps that will be done again after a resume."""
+def cut_metrics(folder: Path, start: Position) -> None:
+    """Drop the lines of what will be done again after a resume from `start`."""
     path = folder / METRICS
     if not path.exists():
         return
-    kept = []
+    kept: list[str] = []
+    last = 0
     for line in path.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= last_step:
-                kept.append(line + "\n")
+            step = json.loads(line)["step"]
         except (ValueError, KeyError):
             break  # the line that was being written when the run was killed; nothing follows it
+        # A run stopped behind an epoch's last step has a line there, and a second one once it has evaluated.
+        if step > start.step or (step == last == start.step and start.batches):
+            break
+        kept.append(line + "\n")
+        last = step
     write_atomically(path, "".join(kept).encode())
 
 

@@ -6,9 +6,11 @@ tokens outside the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from protos import job_pb2
+from protos.environment import PARAMETERS_ALLOWED
 from worker.data.augmentation import Augmentation, make_augmentation
 from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sharding import steps_per_epoch
@@ -102,6 +104,15 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
         raise ModelFault(
             f"training.virtual_shards: {shards} cut a batch of {batch} into pieces of {share}; lower it, for {fault}"
         ) from fault
+
+
+def check_size(prepared: Prepared, environ: Mapping[str, str]) -> None:
+    """Hold the model against what the coordinator allows, before it has memory; ModelFault naming both numbers."""
+    count, allowed = prepared.model.parameter_count, environ.get(PARAMETERS_ALLOWED)
+    if allowed is not None and count > int(allowed):
+        raise ModelFault(
+            f"model: has {count} parameters, and the coordinator's limit is job.parameters={allowed}: make it smaller"
+        )
 
 
 def remark(prepared: Prepared, job: job_pb2.JobSpec) -> str | None:

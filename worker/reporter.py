@@ -29,12 +29,14 @@ class Reporter:
         metrics_path: Path,
         epochs: int,
         print_line: Callable[[str], None],
-        send: Callable[[Report, list[dict[str, Any]]], None] | None = None,
+        send: Callable[[Report | None, list[dict[str, Any]]], None] | None = None,
     ) -> None:
         self._file: TextIO = metrics_path.open("a", encoding="utf-8")
         self._epochs = epochs
         self._print_line = print_line
         self._send = send
+        self._saved: dict[str, float] = {}  # when the last checkpoint was complete, as in RankReport
+        self._rank_0: dict[str, Any] | None = None  # its last statistics
         self._printed_at_seconds = -PLAIN_LINE_SECONDS
 
     def report(self, report: Report, ranks: list[dict[str, Any]], ends_epoch: bool) -> None:
@@ -43,11 +45,18 @@ class Reporter:
         self._file.write(json.dumps(present) + "\n")
         self._file.flush()
         if self._send is not None:
-            self._send(present, ranks)
+            self._rank_0 = ranks[0]
+            self._send(present, [ranks[0] | self._saved, *ranks[1:]])
         now = report["wall_seconds"]
         if ends_epoch or now - self._printed_at_seconds >= PLAIN_LINE_SECONDS:
             self._printed_at_seconds = now
             self._print_line(plain_line(present, self._epochs))
+
+    def saved(self, time: float) -> None:
+        """A checkpoint was complete at `time`, in seconds since the Unix epoch; from any thread."""
+        self._saved = {"checkpoint_time": time}
+        if self._send is not None and self._rank_0 is not None:
+            self._send(None, [self._rank_0 | self._saved])
 
     def close(self) -> None:
         """Close the file."""

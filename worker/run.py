@@ -1,47 +1,42 @@
 """One attempt at a job, from the job file to the output folder: opens the parts, trains, leaves the results.
 
 Rules: what can be refused is refused before the output folder is made, by all ranks together. Rank 0 alone writes
-files. The last checkpoint on disk is always good: weights that are not finite are never written.
+files.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from protos import job_pb2
+from protos.exit_codes import ExitCode
 from protos.urls import shown
 from worker import output_folder
 from worker.best_weights import BestWeights
-from worker.checkpoint import (
-    Checkpoint,
-    checkpoint_path,
-    prune_checkpoints,
-    write_atomically,
-    write_checkpoint,
-)
+from worker.checkpoint import Checkpoint, write_atomically
+from worker.checkpointing import Checkpointer, evaluated_weights
 from worker.coordinator_client import connect
 from worker.data.stores import fetch_all, local_path
-from worker.engine.params import decayed_ranges
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.invitation import leave_invitation
-from worker.measurements import Position, validation_losses
+from worker.measurements import Position, from_plain, validation_losses
 from worker.model_file import write_model
-from worker.preparation import Prepared, check_shares, prepare, remark
+from worker.preparation import Prepared, check_shares, check_size, prepare, remark
 from worker.reporter import Reporter
 from worker.stopping import best_epoch, result_of
 from worker.sync import compression_costs
-from worker.sync.exchange import Exchange, check_fits, open_exchange
+from worker.sync.exchange import check_fits, open_exchange
 from worker.sync.world import AgreedFault, World
+from worker.termination import StopRequest
 from worker.train import Observers, Result, train
-from worker.update import AVERAGE
 from worker.watchdog import Watchdog
 
 OPENING_SECONDS = 30.0  # an exchange may have to start processes, which has a deadline of its own
@@ -55,12 +50,16 @@ def run_job(
     process_start_time: float,
     say: Callable[[str], None],
     watchdog: Watchdog,
-) -> None:
-    """Train `job` and leave the output in `folder`. Collective.
+    stop: StopRequest,
+) -> ExitCode:
+    """Train `job` and leave the output in `folder`, or a checkpoint where a rank is told to `stop`. Collective.
 
     Args:
         process_start_time: seconds since the Unix epoch, for `seconds_to_first_step`.
         say: takes a line for people.
+
+    Returns:
+        DONE or INTERRUPTED.
 
     Raises:
         Fault: AgreedFault when every rank knows of it, any other when it is this rank's own.
@@ -68,6 +67,7 @@ def run_job(
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
     prepared = world.agree(lambda: prepare(job))
+    world.agree(lambda: check_size(prepared, os.environ))
     world.agree(lambda: check_shares(prepared, job, world.size))
     shards = job.training.virtual_shards
     if job.training.reproducible and shards < world.size:
@@ -81,9 +81,7 @@ def run_job(
             say(line)
     watchdog.doing("opening the output folder")
     found = world.agree(lambda: _open_folder(world, folder, job, prepared, resume, say))
-    start = Position(
-        *world.broadcast([found.step, found.epoch, found.samples, found.validations] if found else [0, 0, 0, ()])
-    )
+    start = from_plain(world.broadcast(asdict(found.position if found else Position())))
     watchdog.doing("opening the exchange", OPENING_SECONDS)
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
@@ -101,28 +99,40 @@ def run_job(
     client = connect(os.environ) if world.rank == 0 else None
     reporter = None
     if world.rank == 0:
-        output_folder.cut_metrics(folder, start.step)
+        output_folder.cut_metrics(folder, start)
         send = client.send if client else None
         reporter = Reporter(folder / output_folder.METRICS, job.training.epochs, say, send)
+    saved = reporter.saved if reporter else lambda time: None
+    checkpointer = Checkpointer(world, job, prepared.model, exchange, folder, best, saved)
     observers = Observers(
         report=reporter.report if reporter else lambda *_: None,
-        end_of_epoch=lambda position: _checkpoint(world, job, prepared, exchange, folder, position, best),
+        checkpoint_due=checkpointer.due,
+        checkpoint=checkpointer.take,
+        stop_asked=lambda: stop.asked is not None,
         doing=watchdog.doing,
     )
     try:
+        stop.wait_for_step(job.limits.grace_seconds)
         # What overflows ends in a loss or a weight that is not finite, which is reported by step.
         with np.errstate(over="ignore", invalid="ignore"):
             result = train(world, job, prepared, exchange, start, observers)
+        watchdog.doing("writing the last checkpoint")
+        last = checkpointer.settle()
+        if result.interrupted:
+            names = filter(None, world.gather_everywhere(stop.asked))
+            done = result.position.step
+            say(f"stopped by {next(names, 'request')} after step {done}; checkpoint {last}: go on with --resume")
         if result.stopped:
             say(result.stopped)
         watchdog.doing("writing the results")
         world.beat.phase("results")
-        nothing_done = result.position.step == start.step
+        nothing_done = result.position == start
         if nothing_done:
             say(f"nothing was left to do: the run has done its {start.epoch} epochs; ask for more with training.epochs")
+        averages = job.training.HasField("average") and not result.interrupted
         peaks = world.gather_everywhere(peak_memory_bytes())
-        state = exchange.gather_state() if job.training.HasField("average") else {}
-        if world.rank == 0 and not (nothing_done and output_folder.is_finished(folder)):
+        state = exchange.gather_state() if averages else {}
+        if world.rank == 0 and not result.interrupted and not (nothing_done and output_folder.is_finished(folder)):
             if best is None or best.weights is None:
                 exchange.parameters[:] = evaluated_weights(exchange.parameters, state)
             else:
@@ -138,7 +148,7 @@ def run_job(
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
         # Every rank saw the same totals, so every rank is here.
-        kept = "no checkpoint was written yet"
+        kept = checkpointer.settle_after_fault() or "no checkpoint was written yet"
         if world.rank == 0 and output_folder.has_checkpoint(folder):
             kept = f"the last good checkpoint is kept in {folder / output_folder.CHECKPOINTS}"
         raise AgreedFault(f"{fault}; {kept}", fault.exit_code) from fault
@@ -151,11 +161,7 @@ def run_job(
             invitation.unlink(missing_ok=True)
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
-
-
-def evaluated_weights(parameters: np.ndarray, state: dict[str, np.ndarray]) -> np.ndarray:
-    """What is evaluated and left: the average of the weights where there is one, else the weights."""
-    return state.get(AVERAGE, parameters)
+    return ExitCode.INTERRUPTED if result.interrupted else ExitCode.DONE
 
 
 def summarize(
@@ -210,63 +216,6 @@ def _open_folder(
         return None
     found = output_folder.open_again(folder, job, say)
     check_fits(found, prepared.model, job)
-    say(f"resuming after step {found.step} (epoch {found.epoch})")
+    within = f", after {found.batches} steps of epoch {found.epoch + 1}" if found.batches else ""
+    say(f"resuming after step {found.step} (epoch {found.epoch}{within})")
     return found
-
-
-def _checkpoint(
-    world: World,
-    job: job_pb2.JobSpec,
-    prepared: Prepared,
-    exchange: Exchange,
-    folder: Path,
-    position: Position,
-    best: BestWeights | None,
-) -> float | None:
-    """Write a checkpoint; rank 0 says when it was complete. Collective: every rank gives its part of the state."""
-    state = exchange.gather_state()
-    fault: str | None = None
-    if world.rank == 0:
-        if best:
-            best.see(position, evaluated_weights(exchange.parameters, state), prepared.model.state)
-        fault = _write_checkpoint(job, prepared, exchange, folder, position, state, best)
-    fault = world.broadcast(fault)
-    if fault:
-        raise TrainingFault(fault)
-    return time.time() if world.rank == 0 else None
-
-
-def _write_checkpoint(
-    job: job_pb2.JobSpec,
-    prepared: Prepared,
-    exchange: Exchange,
-    folder: Path,
-    position: Position,
-    state: dict[str, np.ndarray],
-    best: BestWeights | None,
-) -> str | None:
-    model = prepared.model
-    # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32 values).
-    for what, values in (("weight", exchange.parameters), ("running statistic", model.state)):
-        if not np.isfinite(values.sum(dtype=np.float64)):
-            when = f"step {position.step} (epoch {position.epoch})"
-            return f"{when}: a {what} is no longer finite; lower the learning rate"
-    checkpoints = folder / output_folder.CHECKPOINTS
-    path = checkpoint_path(checkpoints, position.step)
-    held = bool(model.state_count)
-    write_checkpoint(
-        path,
-        Checkpoint(
-            *(position.step, position.epoch, position.samples),
-            model.layout_digest,
-            decayed_ranges(model.slots, 0, model.parameter_count),
-            exchange.parameters,
-            state,
-            position.validations,
-            best.weights if best else None,
-            model.state if held else None,
-            best.state if best and held else None,
-        ),
-    )
-    prune_checkpoints(checkpoints, job.training.keep_checkpoints)
-    return None

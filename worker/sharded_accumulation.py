@@ -69,7 +69,8 @@ class ShardedAccumulator:
             upcoming = indices[last : last + self._samples] if last < len(indices) else following[: self._samples]
             place = moment._replace(first=moment.first + min(first, len(indices)))
             totals = self._shard.compute(reader, indices[first:last], upcoming, place, meter)
-            rows[number, : len(TOTALS)] = totals.loss, totals.correct, 0.0
+            rows[number, : len(TOTALS)] = 0
+            rows[number, :2] = totals.loss, totals.correct
             rows[number, len(TOTALS) :] = self._sums
             self._sums[:] = 0
             self._fold(number)

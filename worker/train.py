@@ -1,12 +1,14 @@
 """The training loop.
 
 Each step: this rank's gradient over its share of the batch, exchange. Each epoch: evaluate, write a checkpoint. What is
-decided on the way is decided by others (schedules.py, stopping.py), and what is said about it is said by others
-(measurements.py counts, the observers write).
+decided on the way is decided by others (schedules.py, stopping.py, checkpointing.py), and what is said about it is said
+by others (measurements.py counts, the observers write).
 
 Rules: every rank runs the same steps in the same order, also those that have no samples in one. What ends training is
 known to all ranks at the same step. Between two meetings of an exchange with local steps nothing is collective over all
-ranks; reports, evaluations and checkpoints come at meetings.
+ranks; reports, evaluations and checkpoints come at meetings, and so does the end of a job that is told to stop. Of the
+lines of metrics.jsonl those up to a checkpoint's step are written before it, and one ends there, so that a resumed run
+goes on with them.
 """
 
 from __future__ import annotations
@@ -43,7 +45,9 @@ class Observers:
     """Whom the loop tells. All are called on every rank at the same step, except `report`: on rank 0 alone."""
 
     report: Callable[[dict[str, Any], list[dict[str, Any]], bool], None]  # report, all ranks' statistics, ends_epoch
-    end_of_epoch: Callable[[Position], float | None]  # writes a checkpoint; rank 0 says when it was complete
+    checkpoint_due: Callable[[int], bool]  # whether one is to follow a step; rank 0 decides
+    checkpoint: Callable[[Position, bool], None]  # takes one; whether it ends an epoch
+    stop_asked: Callable[[], bool]  # whether this rank was told to stop
     doing: Callable[[str], None]  # what comes next, for the watchdog
 
 
@@ -53,6 +57,7 @@ class Result:
 
     position: Position
     stopped: str | None  # why it ended before the last epoch
+    interrupted: bool  # a rank was told to stop: there is more to do
     train_loss: float | None  # mean over the last epoch
     samples_per_second: float
     first_step_time: float  # seconds since the Unix epoch at which the first step had ended; 0 when there was none
@@ -86,19 +91,22 @@ def train(
         evaluator = Evaluator(world, model, prepared.validation, prepared.preprocessing, job.metrics, pieces)
     model.reserve(max(reader.capacity, evaluator.capacity if evaluator else 0))
 
-    checkpoint_time: float | None = None
-
     def report(position: Position, meter: Meter, validation: dict[str, Any] | None = None) -> None:
-        ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics, checkpoint_time))
+        ranks = world.gather_everywhere(rank_report(world.rank, world.host, exchange.statistics))
         if world.rank == 0:
             line = make_report(position, epochs * batches, meter, learning_rate, perf_counter() - began)
             observers.report(line | (validation or {}), ranks, validation is not None)
 
+    def checkpoint(position: Position, where: str) -> None:
+        observers.doing(f"writing the checkpoint {where}")
+        world.beat.phase("checkpoint")
+        observers.checkpoint(position, not position.batches)
+
     step, samples_done, validations = start.step, start.samples, start.validations
     learning_rate = schedule(samples_done, validation_losses(validations))
-    first_step_time, highest_loss = 0.0, 0.0
+    first_step_time, highest_loss = 0.0, start.highest_loss
     train_loss: float | None = None
-    position, stopped = start, None
+    position, stopped, interrupted = start, None, False
     averaged = job.training.HasField("average")
     validation: dict[str, Any] = {}
     steady = SteadyRate(warm_up_steps=batches if epochs - start.epoch > 1 else min(10, batches // 2))
@@ -109,8 +117,9 @@ def train(
             break
         order = sample_order(seed, epoch, samples)
         reader.begin_epoch(epoch)
-        meter, epoch_meter = Meter(world.beat.phase), Meter()
-        for batch in range(batches):
+        resumed = start if epoch == start.epoch else Position()
+        meter, epoch_meter = Meter(world.beat.phase), Meter(sums=resumed.sums)
+        for batch in range(resumed.batches, batches):
             step += 1
             observers.doing(f"in step {step} (epoch {epoch + 1})")
             world.beat.step(step, epoch + 1)
@@ -125,7 +134,8 @@ def train(
             sums = accumulator.compute(reader, order[low:high], following, Moment(seed, step, low - first), meter)
             world.beat.phase("exchange")
             report_due = world.rank == 0 and perf_counter() - meter.began > REPORT_SECONDS
-            exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, report_due
+            asked = report_due, observers.checkpoint_due(step), observers.stop_asked()
+            exchange.totals[: len(TOTALS)] = sums.loss, sums.correct, *asked
             update_seconds_before = exchange.statistics.update_seconds
             exchange.step(step, last - first, learning_rate)
             model.update_state()
@@ -137,7 +147,7 @@ def train(
             if not counted:
                 continue
 
-            loss, correct, reports_due = exchange.totals[: len(TOTALS)].tolist()
+            loss, correct, reports_due, checkpoints_due, stops = exchange.totals[: len(TOTALS)].tolist()
             mean_loss = loss / counted
             highest_loss = highest_loss or DIVERGED * max(mean_loss, 1.0)
             if not mean_loss <= highest_loss:  # nan is not
@@ -147,10 +157,20 @@ def train(
                 )
             meter.add(loss, correct, counted)
             epoch_meter.add(loss, correct, counted)
-            if reports_due and batch < batches - 1:
+            saves = stops or (checkpoints_due and batch < batches - 1)
+            if saves or (reports_due and batch < batches - 1):
                 report(Position(step, epoch + 1, samples_done), meter)
                 meter = Meter(world.beat.phase)
+                if saves:
+                    done = batch + 1, epoch_meter.sums, highest_loss
+                    position = Position(step, epoch, samples_done, validations, *done)
+                    checkpoint(position, f"after step {step}")
                 steady.pause()
+            if stops:
+                interrupted = True
+                break
+        if interrupted:
+            break
 
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
@@ -165,17 +185,16 @@ def train(
                 )
             validation = evaluation.as_report()
             validations += (validation,)
-        position = Position(step, epoch + 1, samples_done, validations)
-        observers.doing(f"writing the checkpoint after epoch {epoch + 1}")
-        world.beat.phase("checkpoint")
-        checkpoint_time = observers.end_of_epoch(position)
+        position = Position(step, epoch + 1, samples_done, validations, highest_loss=highest_loss)
         report(position, meter, validation)
+        checkpoint(position, f"after epoch {epoch + 1}")
         steady.pause()
 
     reader.close()
     return Result(
         position=position,
         stopped=stopped,
+        interrupted=interrupted,
         train_loss=train_loss,
         samples_per_second=steady.samples_per_second(),
         first_step_time=first_step_time,

@@ -160,6 +160,15 @@ class Running:
             time.sleep(0.02)
         return code
 
+    def ask_to_stop(self) -> None:
+        """Let the ranks write a checkpoint at the next step boundary and leave (ExitCode.INTERRUPTED).
+
+        By SIGUSR1, which mpirun hands on to all of them; SIGTERM makes it kill them a quarter of a second later.
+        """
+        with self._lock:
+            if self._exit_code is None and not self._ended():
+                os.kill(self.pid, signal.SIGUSR1)
+
     def terminate(self, grace_seconds: float) -> int:
         """Ask the ranks to end (SIGTERM), kill what is left after the grace, and return the exit code."""
         for signal_number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, KILL_SECONDS)):

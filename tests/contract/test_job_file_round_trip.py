@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from protos import rules
 from protos.job_file import JobFileInvalid, parse_job, to_dict, to_yaml
 from protos.job_pb2 import JobSpec
+from protos.labels import is_map
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=12)
 quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -22,6 +23,9 @@ quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthC
 
 def valid_value(field: FieldDescriptor, above: tuple[Descriptor, ...]) -> st.SearchStrategy[Any]:
     rule = rules.rule_of(field)
+    if is_map(field):
+        labels = st.from_regex(r"[A-Za-z0-9]([A-Za-z0-9._-]{0,9}[A-Za-z0-9])?", fullmatch=True)
+        return st.dictionaries(labels, labels, min_size=1, max_size=4)
     if field.message_type is not None:
         return valid_message(field.message_type, above)
     if field.cpp_type == FieldDescriptor.CPPTYPE_STRING:
@@ -49,7 +53,7 @@ def valid_message(descriptor: Descriptor, above: tuple[Descriptor, ...] = ()) ->
         if field.name in words:
             continue
         value = valid_value(field, above)
-        if field.is_repeated:
+        if field.is_repeated and not is_map(field):
             value = st.lists(value, min_size=1, max_size=4)
         (entries if rules.rule_of(field).required else optional)[field.name] = value
     plain = st.fixed_dictionaries(entries, optional=optional)

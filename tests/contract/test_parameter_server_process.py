@@ -7,15 +7,17 @@ import subprocess
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 from google.protobuf import text_format
-from safetensors.numpy import save_file
 
 from protos import environment, job_pb2
+from worker.checked_file import write_checked
 from worker.errors import CheckpointFault, TrainingFault
+from worker.measurements import Position
 from worker.server.process import ServerProcess, load_shard, start_server_process
 from worker.sync.parameter_server import ParameterServerExchange
 
@@ -60,11 +62,8 @@ assert "mpi4py" not in sys.modules
 
 def save_start(path: Path, tensors: dict[str, np.ndarray] | None = None, **metadata: str) -> Path:
     tensors = tensors or {"parameters": np.arange(COUNT, dtype=np.float32)}
-    save_file(
-        tensors,
-        path,
-        {"step": "0", "epoch": "0", "samples": "0", "layout_digest": DIGEST, "decayed": "[[0, 8]]"} | metadata,
-    )
+    position = {name: json.dumps(value) for name, value in asdict(Position()).items()}
+    write_checked(path, tensors, {"layout_digest": DIGEST, "decayed": "[[0, 8]]"} | position | metadata)
     return path
 
 

@@ -102,6 +102,19 @@ def fleet() -> Iterator[Callable[..., Fleet]]:
         yield start
 
 
+def test_signals_that_end_a_job_are_left_to_the_rank_that_keeps_the_server_alive(fleet) -> None:
+    """Slurm signals every process of a job, and mpirun those that a rank has started too."""
+    running = fleet()
+    processes = [shard.pid for shard in running.shards]
+    for process in processes:
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            os.kill(process, number)
+    running.step(1)
+    np.testing.assert_array_equal(running.weights[0], np.full(COUNT, -RATE, np.float32))
+    assert [shard.pid for shard in running.shards] == processes
+    assert running.workers[0].restarts == 0
+
+
 def test_killed_before_the_first_step_nothing_is_lost(fleet) -> None:
     running = fleet()
     running.kill(1)

@@ -10,6 +10,7 @@ from google.protobuf.descriptor import Descriptor, FieldDescriptor
 
 from protos import job_pb2, rules
 from protos.job_pb2 import JobSpec, Layer
+from protos.labels import is_map
 
 LAYERS = ", ".join(rules.option_words(rules.schema_of(Layer())))
 
@@ -199,6 +200,21 @@ def test_what_needs_the_whole_vector_in_one_step_takes_the_synchronous_mode(mode
     assert str(violation).startswith(f"sync.parameter_server.mode: {mode} is given beside {needs}, which needs")
 
 
+def test_labels_are_words_that_need_no_quoting_and_each_fault_names_its_label() -> None:
+    spec = valid()
+    spec.labels.update({"team": "vision", "a b": "c", "for.whom": "every one", "empty": "", "long": "x" * 64})
+    allowed = "1 to 63 letters, digits, `-`, `_` and `.`, a letter or digit at both ends"
+    assert faults(spec) == [
+        f"labels: the name 'a b' is not {allowed}",
+        f"labels.empty: '' is not {allowed}",
+        f"labels.for.whom: 'every one' is not {allowed}",
+        f"labels.long: '{'x' * 57}...' is not {allowed}",
+    ]
+    spec.labels.clear()
+    spec.labels.update({f"n{number}": "x" for number in range(33)})
+    assert faults(spec) == ["labels: has 33 elements, which is not at most 32"]
+
+
 def test_an_empty_sync_is_all_reduce() -> None:
     spec = valid()
     spec.sync.SetInParent()
@@ -216,7 +232,7 @@ def every_field(
     for field in descriptor.fields:
         place = f"{path}.{field.name}" if path else field.name
         yield place, field
-        if field.message_type is not None and field.message_type not in above:
+        if field.message_type is not None and field.message_type not in above and not is_map(field):
             yield from every_field(field.message_type, place, (*above, descriptor))
 
 
@@ -236,7 +252,7 @@ def test_every_field_of_the_schema_is_of_a_kind_the_walkers_know(path: str) -> N
         # A file that need not be named is the exception: no file is no silent zero either.
         assert rule.required or rule.default or field.is_repeated or real_option or rule.path
     else:
-        assert not field.message_type.GetOptions().map_entry
+        assert not is_map(field) or rule.label, "the walkers know maps of labels alone"
         assert not rule.default or rule.default in rules.option_words(field.message_type)
 
 

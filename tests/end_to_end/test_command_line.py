@@ -145,6 +145,24 @@ def test_a_run_told_to_end_takes_its_workers_along_and_says_how_to_go_on(folder,
     remedy = "paceline run job.yaml -o out --set training.epochs=100000 --resume"
     assert errors == f"stopped by {number.name}; go on with: {remedy} (logs: out/logs)\n"
     assert workers_of(folder) == []
+    said = (folder / "out" / "logs" / "rank-0.log").read_text()
+    stopped = re.search(r"^stopped by SIGUSR1 after step (\d+); checkpoint (\S+): go on with --resume$", said, re.M)
+    assert stopped, said
+    checkpoints = sorted(path.name for path in (folder / "out" / "checkpoints").iterdir())
+    assert checkpoints[-1] == Path(stopped[2]).name == f"step-{int(stopped[1]):09d}.safetensors"
+
+
+def test_a_run_told_twice_to_end_waits_for_no_step(folder):
+    process = start_endless(folder)
+    os.kill(workers_of(folder)[0], signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.communicate(timeout=1)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=WAIT_SECONDS)
+    assert process.returncode == 130
+    assert errors.startswith("stopped by SIGINT; go on with: paceline run job.yaml")
+    assert workers_of(folder) == []
 
 
 def test_a_terminal_gets_a_live_bar(folder):

@@ -24,6 +24,9 @@ loss: softmax_cross_entropy
 optimizer: {adam: {learning_rate: 0.01}}
 training: {epochs: 3, batch_size: 32, seed: 1}
 workers: 2
+priority: 3
+labels: {team: vision}
+limits: {seconds: 3600, keep_for: 3600}
 """
 
 
@@ -43,6 +46,8 @@ def ask(tmp_path_factory):
         "state",
         "--slots",
         "2",
+        "--limit",
+        "job.parameters=5000",
     ]
     with open(folder / "errors", "wb") as errors:
         serving = subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=errors, text=True)
@@ -72,6 +77,8 @@ def test_a_job_is_submitted_watched_read_and_pulled(ask):
     assert "rank-0 | epoch 3/3" in ask("logs", job_id, "-f").stdout
     assert len(ask("metrics", job_id).stdout.splitlines()) >= 4
     assert job_id in ask("list").stdout
+    assert job_id in ask("list", "--label", "team=vision", "--state", "succeeded").stdout
+    assert ask("list", "--label", "team=speech").stdout == 'no jobs with labels.team="speech"\n'
     ask("pull", job_id, "-o", "pulled")
     assert "accuracy" in subprocess.run(
         [BIN / "paceline", "evaluate", "pulled", "job.yaml"], cwd=ask.folder, capture_output=True, text=True, check=True
@@ -84,6 +91,13 @@ def test_a_cancelled_job_ends_and_watching_it_fails(ask):
     ask("cancel", job_id)
     done = ask("watch", job_id, code=1)
     assert done.stderr.startswith(f"error: job {job_id} is CANCELLED")
+
+
+def test_a_model_with_more_parameters_than_allowed_fails_before_it_trains(ask):
+    done = ask("submit", "job.yaml", "--watch", "--set", "model[0].dense.units=1000000", code=1)
+    assert "model: has 75000010 parameters, and the coordinator's limit is job.parameters=5000: make it smaller" in (
+        done.stderr
+    )
 
 
 def test_the_same_request_gives_the_same_job(ask):

@@ -22,6 +22,7 @@ from typing import Any
 from google.protobuf.message import Message
 
 from protos import job_pb2
+from protos.labels import is_map
 from protos.rules import rule_of
 from protos.urls import holds_credentials, is_url, shown
 from worker.errors import DataFault
@@ -75,7 +76,7 @@ def local_path(
 def fetch_all(message: Message, progress: Callable[[], None]) -> None:
     """Have every URL of a job in the cache; DataFault for the first that cannot be had."""
     for field, value in message.ListFields():
-        if field.message_type is not None:
+        if field.message_type is not None and not is_map(field):
             for part in value if field.is_repeated else [value]:
                 fetch_all(part, progress)
         elif rule_of(field).path and is_url(value):

@@ -137,8 +137,10 @@ async def _serve(
 
     over = asyncio.Event()
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, over.set)
+    # Whoever ends a whole job signals its servers too: where a rank keeps the shard alive, that rank decides.
+    told = (lambda: None) if snapshots else over.set
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+        loop.add_signal_handler(number, told)
     server = ParameterServer(shard, token, snapshots, wire, job)
     try:
         port = await server.start(listen)

@@ -7,6 +7,7 @@ server, or replicas that meet now and then) is chosen here, from `sync` in the j
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -19,6 +20,7 @@ from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
 from worker.invitation import Invitation
+from worker.sync import replica_state
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.compressed_reduction import Wire
 from worker.sync.local_steps import LocalStepsExchange
@@ -28,7 +30,8 @@ from worker.sync.statistics import ExchangeStatistics
 from worker.sync.world import World
 from worker.update import make_update
 
-TOTALS = ("loss", "correct", "report")  # what rides along with the gradient
+# What rides along with the gradient: two sums, and what is to be done behind the step, where any rank asks for it.
+TOTALS = ("loss", "correct", "report", "checkpoint", "stop")
 
 
 class Exchange(Protocol):
@@ -98,7 +101,7 @@ def open_exchange(
         # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
         from worker.sync.server_opening import open_server_exchange
 
-        return open_server_exchange(world, job, model, resumed, resume, initial)
+        return open_server_exchange(world, job, model, _without_replicas(resumed), resume, initial)
     count = model.parameter_count
     decayed = decayed_ranges(model.slots, 0, count)
     total_count = len(TOTALS) + model.sum_count
@@ -124,12 +127,15 @@ def open_exchange(
     model.attach(exchange.parameters, exchange.gradient, exchange.totals[len(TOTALS) :], reduce)
     lowest_of_node = exchange.node.rank == 0
     if resume:
+        exact = isinstance(exchange, LocalStepsExchange) and exchange.restore_replicas(resumed.state if resumed else {})
+        resumed = resumed if exact else _without_replicas(resumed)
         parameters = world.broadcast_array(resumed.parameters if resumed else None, count)
         if lowest_of_node:
             exchange.parameters[:] = parameters
-        for name in sorted(exchange.state):
-            array = world.broadcast_array(resumed.state[name] if resumed else None, count)
-            exchange.restore_state(name, array)
+        if not exact:
+            for name in sorted(exchange.state):
+                array = world.broadcast_array(resumed.state[name] if resumed else None, count)
+                exchange.restore_state(name, array)
         if isinstance(exchange, LocalStepsExchange):
             exchange.restore_outer_state(resumed.state if resumed else {})
         else:
@@ -141,6 +147,10 @@ def open_exchange(
     share_state(world, model, resumed)
     exchange.publish_parameters()
     return exchange
+
+
+def _without_replicas(resumed: Checkpoint | None) -> Checkpoint | None:
+    return replace(resumed, state=replica_state.common(resumed.state)) if resumed else None
 
 
 def share_state(world: World, model: Model, resumed: Checkpoint | None) -> None:

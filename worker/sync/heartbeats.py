@@ -80,14 +80,18 @@ class Heartbeats:
         """Whether a rank of this machine has said why the job ends."""
         return any(one.spoken for one in self.seen())
 
+    def dead(self) -> list[Seen]:
+        """The ranks of this machine that ended without a word."""
+        return [one for one in self.seen() if not one.left and not os.path.exists(f"/proc/{one.process}")]
+
     def gone(self) -> list[str]:
         """A line for each rank of this machine that ended without a word, where this rank is to say it.
 
         That is the lowest of those left.
         """
-        seen = self.seen()
-        dead = [one for one in seen if not one.left and not os.path.exists(f"/proc/{one.process}")]
-        if not dead or self._world.rank != min(one.rank for one in seen if one not in dead):
+        dead = self.dead()
+        ranks = {one.rank for one in dead}
+        if not dead or self._world.rank != min(one.rank for one in self.seen() if one.rank not in ranks):
             return []
         return [
             f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names" for one in dead

@@ -8,7 +8,8 @@ uneven shares count as they should. Nesterov's momentum makes it DiLoCo (Douilla
 
 Rules: replicas meet every so many steps and at the end of each epoch, and nothing is collective over them in between.
 The inner optimizers' arrays stay with their replicas until an epoch ends: then they are averaged too (Wang et al. 2020,
-"average buffers"), so a checkpoint holds them once, any number of replicas can take it up, and a resumed run equals an
+"average buffers"), so a checkpoint of that moment holds them once, and one of an earlier meeting those of each replica
+(replica_state.py). Any number of replicas can take it up, and with the same number a resumed run equals an
 uninterrupted one. The model's running statistics are averaged at each meeting. A replica without a sample in a step
 rests. One replica alone has nobody to meet: with plain averaging it trains as by the all-reduce, to the bit.
 """
@@ -27,6 +28,7 @@ from protos import job_pb2
 from worker.data.sharding import samples_of
 from worker.errors import ReplicaFault
 from worker.optimizers import Optimizer, momentum, sgd
+from worker.sync import replica_state
 from worker.sync.all_reduce import AllReduceExchange, slice_bounds
 from worker.sync.world import World
 
@@ -73,6 +75,7 @@ class LocalStepsExchange:
         leader = replica.broadcast(world.rank)
         leaders = world.gather_everywhere(leader)
         self._ranks = [rank for rank, its_leader in enumerate(leaders) if its_leader == leader]
+        self._leaders = sorted(set(leaders))
         sizes = Counter(leaders)
         self.replicas = len(sizes)
         slices = min(sizes.values())
@@ -143,10 +146,18 @@ class LocalStepsExchange:
         }
 
     def gather_state(self) -> dict[str, np.ndarray]:
-        """Both optimizers' arrays over the whole vector, on rank 0, behind the end of an epoch. Collective."""
-        if 0 not in self._ranks:  # theirs are the same
+        """Both optimizers' arrays over the whole vector, on rank 0, behind a meeting. Collective.
+
+        Within an epoch those of every replica's inner one.
+        """
+        differ = self.replicas > 1 and self._samples_of_epoch > 0
+        if 0 not in self._ranks and not differ:
             return {}
         whole = self._inner.gather_state()
+        if differ:
+            whole |= self._gather_replicas(whole)
+        if 0 not in self._ranks:  # of the outer one's they have the same
+            return {}
         comm, is_first = self._replica.comm, self._replica.rank == 0
         for name, own in sorted(self._outer_state.items()):
             counts = comm.allgather(int(own.size))
@@ -154,6 +165,42 @@ class LocalStepsExchange:
             comm.Gatherv(own, (everything, counts) if is_first else None, root=0)
             whole[OUTER_PREFIX + name] = everything
         return whole
+
+    def _gather_replicas(self, own: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """The other replicas' arrays, on rank 0, from the first rank of each."""
+        counts = self._world.gather_everywhere(self._own_of_epoch)
+        gathered: dict[str, np.ndarray] = {}
+        for replica, leader in enumerate(self._leaders[1:], start=1):
+            for name in sorted(self.state):
+                if self._world.rank == 0:
+                    whole = np.empty_like(self.parameters)
+                    self._world.comm.Recv(whole, leader)
+                    gathered[replica_state.name_of(replica, name)] = whole
+                elif self._world.rank == leader:
+                    self._world.comm.Send(own[name], 0)
+        samples = [counts[leader] for leader in self._leaders]
+        return gathered | {replica_state.SAMPLES: np.array([*samples, self._samples_of_epoch], np.float64)}
+
+    def restore_replicas(self, found: dict[str, np.ndarray]) -> bool:
+        """Let each replica take its own arrays from what rank 0 has `found` in a checkpoint. Collective.
+
+        Returns:
+            Whether there are some, of as many replicas; else nothing was done.
+        """
+        held = found.get(replica_state.SAMPLES)
+        counts: list[float] = self._world.broadcast([] if held is None else held.tolist())
+        if len(counts) != self.replicas + 1:
+            return False
+        own = self._leaders.index(self._ranks[0])
+        for replica in range(self.replicas):
+            for name in sorted(self.state):
+                whole = self._world.broadcast_array(
+                    found.get(replica_state.name_of(replica, name)), len(self.parameters)
+                )  # fmt: skip
+                if replica == own:
+                    self._inner.restore_state(name, whole)
+        self._own_of_epoch, self._samples_of_epoch = int(counts[own]), int(counts[-1])
+        return True
 
     def restore_state(self, name: str, whole: np.ndarray) -> None:
         """Take this rank's slice of one of the inner optimizer's arrays."""

@@ -43,6 +43,8 @@ from worker.sync.world import World
 
 SUM_ELEMENTS = 1 << 15  # added up at a time, so that they stay in cache
 FAULT_BYTES = 2048
+STOP = TOTALS.index("stop")
+REQUESTS = slice(TOTALS.index("report"), len(TOTALS))
 
 
 class ServerExchange:
@@ -68,6 +70,7 @@ class ServerExchange:
         `at_once`: nodes go on at their own pace and meet at the end of each epoch. `wire_format`: None is float32.
         """
         self._at_once = at_once
+        self._asked_to_stop = False  # this rank, in its last step
         self.note = note
         self.shard_buffers = shard_buffers
         self.node = node
@@ -108,6 +111,7 @@ class ServerExchange:
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """As in Exchange; the optimizer runs in the server, so its time is part of the exchange."""
         began = perf_counter()
+        self._asked_to_stop = bool(self.totals[STOP])
         if self.shard_buffers is not None:
             self.shard_buffers.add(self.totals)
         self._total_segments[self.node.rank][:] = self.totals
@@ -136,7 +140,9 @@ class ServerExchange:
         self._seen_guests.update(worker.guests)
         self.totals[:] = self._node_totals
         if self._at_once:
-            self.totals[TOTALS.index("report")] = 0  # ranks are not at one step, where all could report
+            self.totals[REQUESTS] = 0  # ranks are not at one step, where all could do the same
+        elif self.lossy:
+            self.totals[REQUESTS][1:] = 0  # the weights a node holds are not quite the servers' before the epoch's end
         statistics = self.statistics
         statistics.exchange_seconds += perf_counter() - began
         statistics.sent_bytes["grpc"] = worker.sent_bytes
@@ -182,6 +188,8 @@ class ServerExchange:
                 held = model_state if self._world.rank == 0 else None
                 model_state[:] = self._world.broadcast_array(held, len(model_state))
             self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
+        if ends_epoch and (self._at_once or self.lossy):
+            self.totals[STOP] = sum(self._world.gather_everywhere(self._asked_to_stop))
         return samples if self._at_once else int(self._next_guests[0])
 
     def gather_state(self) -> dict[str, np.ndarray]:

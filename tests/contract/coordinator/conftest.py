@@ -1,6 +1,7 @@
 """A real coordinator on loopback with a fake launcher behind it, and the words to talk to it."""
 
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
@@ -9,8 +10,10 @@ from typing import NamedTuple
 
 import grpc
 import pytest
+import sqlalchemy as sa
 
 from coordinator.addresses import Address
+from coordinator.database import read_store
 from coordinator.serve import Coordinator, Settings, running
 from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, job_pb2
@@ -64,6 +67,13 @@ class Talk(NamedTuple):
     def until_state(self, job_id: str, state: job_pb2.JobState) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state == state)
 
+    def until_gone(self, path: Path) -> None:
+        """Something is removed that no watch tells of."""
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        while path.exists():
+            assert time.monotonic() < deadline, f"{path} is still there"
+            time.sleep(0.02)
+
     def until_ended(self, job_id: str) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state in ENDED)
 
@@ -83,9 +93,17 @@ def fake_mpirun(tmp_path: Path) -> str:
 
 
 @pytest.fixture
-def settings(tmp_path: Path, fake_mpirun: str) -> Settings:
+def store(request: pytest.FixtureRequest) -> sa.URL | None:
+    """SQLite, or what a module is parametrized with."""
+    if getattr(request, "param", "sqlite") == "sqlite":
+        return None
+    return read_store(request.getfixturevalue("postgres").new_database())
+
+
+@pytest.fixture
+def settings(tmp_path: Path, fake_mpirun: str, store: sa.URL | None) -> Settings:
     free = Address("127.0.0.1", 0)
-    return Settings(free, free, tmp_path / "state", (), 2, fake_mpirun, "paceline-worker", grace_seconds=1.0)
+    return Settings(free, free, tmp_path / "state", (), 2, fake_mpirun, "paceline-worker", store, grace_seconds=1.0)
 
 
 @pytest.fixture

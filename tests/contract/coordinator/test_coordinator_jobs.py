@@ -1,7 +1,11 @@
 """What becomes of a job, from submission to its end, over real gRPC and real processes."""
 
+import pytest
+
 from protos import coordinator_pb2 as pb
 from protos import job_pb2
+
+pytestmark = pytest.mark.parametrize("store", ["sqlite", "postgres"], indirect=True)
 
 
 def test_a_job_that_trains_succeeds_with_its_summary_and_every_state_on_record(talk) -> None:

@@ -201,6 +201,8 @@ def test_listening_for_others_warns_that_nobody_is_asked_who_they_are(serving, s
     [
         (("nonsense", FREE, "{state}"), "error: --listen: 'nonsense' is not HOST:PORT"),
         ((FREE, FREE, "{state}", "0"), "error: --slots: 0 is not at least 1"),
+        ((FREE, FREE, "{state}", "2", "mysql://me:secret@here/jobs"), "error: --store: 'mysql' is not postgresql"),
+        ((FREE, FREE, "{state}", "2", "", "jobs=4"), "error: --limit: 'jobs=4': there is no limit 'jobs'; there are "),
     ],
 )
 def test_bad_usage_is_exit_code_2(serving, state, arguments, fault) -> None:

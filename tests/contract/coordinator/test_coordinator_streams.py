@@ -12,6 +12,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from protos import coordinator_pb2 as pb
 from protos import job_pb2
 
+pytestmark = pytest.mark.parametrize("store", ["sqlite", "postgres"], indirect=True)
+
 DEADLINE_SECONDS = 20
 
 

@@ -16,10 +16,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import worker.checkpoint
 import worker.sync.exchange
 from worker.__main__ import main
 from worker.beat import Beat
+from worker.checkpoint import Checkpoint
+from worker.checkpoint_writer import CheckpointWriter
 from worker.data.batches import BatchReader
 from worker.engine.model import Model
 from worker.evaluation import Evaluator
@@ -101,6 +102,15 @@ def faulty_update(job: Any) -> Any:
     return optimizer._replace(update=faulty(optimizer.update))
 
 
+def take_and_wait(self: CheckpointWriter, checkpoint: Checkpoint) -> Path:
+    """Take a checkpoint; it is on disk before the next step, so that what a row leaves does not hang on the disk."""
+    path = take(self, checkpoint)
+    self.wait()
+    return path
+
+
+take = CheckpointWriter.take
+CheckpointWriter.take = take_and_wait
 make_update = worker.sync.exchange.make_update
 if own_rank == rank:
     Beat.step = arm(Beat.step)
@@ -114,7 +124,7 @@ if own_rank == rank:
             "backward": [(Model, "backward")],
             "exchange": [(AllReduceExchange, "step"), (ParameterServerExchange, "step")],  # a job has one of the two
             "evaluate": [(Evaluator, "evaluate")],
-            "checkpoint": [(worker.checkpoint, "_sync")],  # the file is written and not yet in its place
+            "checkpoint": [(CheckpointWriter, "take")],
         }[phase]
         for owner, name in places:
             setattr(owner, name, faulty(getattr(owner, name)))

@@ -15,30 +15,35 @@ from safetensors.numpy import load_file
 
 from protos.job_file import read_job_file
 from worker import run
+from worker.checkpointing import Checkpointer
 from worker.sync.world import World
+from worker.termination import StopRequest
 from worker.watchdog import Watchdog
 
 
 def main() -> None:
     jobs, outputs, ranks_per_node, act = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
     if act == "kill":
-        run._checkpoint = then_die(run._checkpoint)
+        Checkpointer.take = then_die(Checkpointer.take)
+    stop = StopRequest()
     for path in sorted(jobs.glob("*.json")):
         world = World(ranks_per_node=ranks_per_node or None)
         watchdog = Watchdog(60, lambda sentence: print(sentence, file=sys.stderr))
         output = outputs / path.stem
-        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, lambda line: None, watchdog)
+        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, lambda line: None, watchdog, stop)
         watchdog.stop()
         if world.rank == 0:
             print(path.stem, digest(output), flush=True)
 
 
-def then_die(write):
-    def write_and_die(*arguments):
-        write(*arguments)
+def then_die(take):
+    def take_and_die(self, *arguments):
+        take(self, *arguments)
+        self.settle()
+        self._world.broadcast(None)  # nobody dies before rank 0 has written
         os.kill(os.getpid(), signal.SIGKILL)
 
-    return write_and_die
+    return take_and_die
 
 
 def digest(output: Path) -> str:

@@ -60,15 +60,32 @@ def test_list_reads_every_page_and_aligns(ask, coordinator):
     assert ask("list", "--limit", "1").err == "there are older ones; see them with --limit 10\n"
 
 
+def test_list_asks_for_what_its_options_say_on_every_page(ask, coordinator):
+    options = ("--state", "running", "--label", "team=vision", "--owner", "ada", "--filter", "priority>=5")
+    ask("list", *options)
+    wanted = 'priority>=5 AND state="RUNNING" AND labels.team="vision" AND owner="ada"'
+    assert [request.filter for request in coordinator.requests] == [wanted] * 2
+    assert ask("list", "--label", "team").code == 2
+
+
 def test_list_as_json_is_one_document(ask):
     document = json.loads(ask("list", "--format", "json").out)
     assert [job["id"] for job in document["jobs"]] == ["digits-1", "digits-1"]
     assert document["more"] is False
 
 
-def test_get_tells_everything_about_a_job(ask):
+def test_get_tells_everything_about_a_job(ask, coordinator):
+    coordinator.job.spec.labels.update({"team": "vision", "kind": "test"})
+    coordinator.job.owner = "ada"
+    coordinator.job.queue_position = 3
     out = ask("get", "digits-1").out
-    for words in ("id:", "SUCCEEDED: every rank finished", "validation accuracy", "0.9500", "history:", "2023-11-14T"):
+    assert [" ".join(line.split()) for line in out.splitlines()[2:6]] == [
+        "state: SUCCEEDED (number 3 in the queue): every rank finished",
+        "owner: ada",
+        "priority: 0",
+        "labels: kind=test, team=vision",
+    ]
+    for words in ("id:", "validation loss", "validation accuracy", "0.9500", "history:", "2023-11-14T"):
         assert words in out
 
 

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from prometheus_client import CollectorRegistry
@@ -12,6 +13,7 @@ from prometheus_client import CollectorRegistry
 import coordinator.controller
 from coordinator.changes import Changes
 from coordinator.controller import Controller, Launcher
+from coordinator.database import StoreUnavailable, sqlite_at
 from coordinator.jobs import JobState
 from coordinator.launchers.local import Cause
 from coordinator.metrics import Metrics
@@ -71,7 +73,7 @@ class Parts:
 
 @pytest.fixture
 def parts(tmp_path: Path) -> Iterator[Parts]:
-    store, changes = Store(tmp_path / "paceline.sqlite"), Changes()
+    store, changes = Store(sqlite_at(tmp_path / "paceline.sqlite")), Changes()
     launched: list[FakeRunning] = []
 
     def start(job, secret, folder) -> FakeRunning:
@@ -111,6 +113,41 @@ def test_the_loop_outlives_a_store_that_fails_and_says_so_meanwhile(parts, monke
     parts.until(lambda: parts.state(job_id) is JobState.STARTING)
     parts.until(lambda: parts.controller.fault is None)
     assert len(parts.launched) == 1
+
+
+def test_a_store_that_went_away_is_one_line_in_health_and_log_and_the_loop_goes_on(parts, monkeypatch, caplog) -> None:
+    monkeypatch.setattr(coordinator.controller, "RETRY_SECONDS", 0.01)
+    away = StoreUnavailable("the job store cannot be used now: gone")
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    monkeypatch.setattr(parts.store, "save", Mock(side_effect=away))
+    parts.launched[0].exit_code = 3
+    parts.until(lambda: parts.controller.fault == str(away))
+    monkeypatch.undo()
+    parts.until(lambda: parts.state(job_id) is JobState.FAILED)
+    parts.until(lambda: parts.controller.fault is None)
+    told = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert [(record.message[: len(str(away))], record.exc_info) for record in told] == [(str(away), None)]
+
+
+def test_a_job_stored_by_a_commit_whose_answer_was_lost_is_started_all_the_same(parts, monkeypatch) -> None:
+    monkeypatch.setattr(coordinator.controller, "RETRY_SECONDS", 0.01)
+    add = parts.store.add
+
+    def add_and_lose_the_answer(job, request_id) -> None:
+        add(job, request_id)
+        raise StoreUnavailable("the job store cannot be used now: gone")
+
+    parts.controller.start()
+    monkeypatch.setattr(parts.store, "add", add_and_lose_the_answer)
+    with pytest.raises(StoreUnavailable):
+        parts.controller.submit(SPEC, "once")
+    monkeypatch.undo()
+    job_id = parts.controller.submit(SPEC, "once").id
+    parts.until(lambda: len(parts.launched) == 1)
+    assert parts.state(job_id) is JobState.STARTING
+    assert len(parts.store.page(10).jobs) == 1
 
 
 def test_a_rank_that_cannot_be_killed_fails_its_job_and_not_the_loop(parts) -> None:

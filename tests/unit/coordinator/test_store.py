@@ -1,27 +1,33 @@
-"""What the store keeps, across closing and reopening."""
+"""What the store keeps, across closing and reopening: the same in SQLite and in PostgreSQL."""
 
-import sqlite3
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from coordinator import jobs
+from coordinator.database import read_store, sqlite_at
+from coordinator.filters import condition_of, read_filter
 from coordinator.jobs import JobState, advance
-from coordinator.store import Store, StoreUnusable
+from coordinator.store import Store
 from protos import job_pb2
 
 
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "paceline.sqlite"
+@pytest.fixture(params=["sqlite", "postgres"])
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> sa.URL:
+    """An empty database."""
+    if request.param == "sqlite":
+        return sqlite_at(tmp_path / "paceline.sqlite")
+    return read_store(request.getfixturevalue("postgres").new_database())
 
 
 @pytest.fixture
-def store(path: Path) -> Iterator[Store]:
-    store = Store(path)
+def store(url: sa.URL) -> Iterator[Store]:
+    store = Store(url)
     yield store
     store.close()
 
@@ -47,18 +53,18 @@ def test_a_job_read_back_equals_the_job_stored_at_every_point_of_its_life(store,
         assert store.get(job.id) == job
 
 
-def test_what_was_stored_is_there_after_a_restart(store, path, make_job) -> None:
+def test_what_was_stored_is_there_after_a_restart(store, url, make_job) -> None:
     store.add(make_job(), request_id="once")
     store.add_reports("digits-000000", 1, [report(1, loss=2.0)])
     store.close()
-    again = Store(path)
+    again = Store(url)
     assert again.get("digits-000000") == make_job()
     assert again.request("once") == make_job()
     assert [found.report for found in again.reports("digits-000000")] == [report(1, loss=2.0)]
     again.close()
 
 
-def test_history_rows_are_added_and_never_rewritten(store, path, make_job, noon) -> None:
+def test_history_rows_are_added_and_never_rewritten(store, make_job, noon) -> None:
     job = make_job()
     store.add(job)
     moved = advance(job, jobs.Admitted("digest"), noon)
@@ -124,21 +130,90 @@ def test_the_newest_report_is_each_jobs_own(store, make_job) -> None:
     assert store.newest_reports(["job-a"]) == {"job-a": report(2)}
 
 
-def test_the_file_lets_readers_in_while_it_is_written(store, path) -> None:
-    with sqlite3.connect(path) as connection:
-        assert connection.execute("PRAGMA journal_mode").fetchone() == ("wal",)
-    connection.close()
+def test_a_move_whose_commit_nobody_was_told_of_gives_way_to_what_became_of_the_job(store, make_job, noon) -> None:
+    job = make_job()
+    store.add(job)
+    store.save(advance(job, jobs.Admitted("digest"), noon))  # the answer was lost: `job` is all that is known
+    cancelled = advance(job, jobs.CancelAsked(), noon)
+    store.save(cancelled)
+    assert store.get(job.id) == cancelled
+    assert store.open_jobs() == []
 
 
-def test_a_store_of_another_version_is_left_alone(path) -> None:
-    with sqlite3.connect(path) as connection:
-        connection.execute("PRAGMA user_version = 99")
-    connection.close()
-    with pytest.raises(StoreUnusable, match="another version of paceline \\(schema 99, this one has 1\\)"):
-        Store(path)
+def test_a_text_with_a_nul_character_is_kept_readable(store, make_job, noon) -> None:
+    store.add(make_job())
+    store.save(advance(make_job(), jobs.Waited("Why", "a\0b", 1), noon))
+    kept = store.get("digits-000000")
+    assert kept is not None
+    assert kept.message == "a\\x00b"
+    assert store.get("a\0b") is None
 
 
-def test_a_file_that_is_no_store_is_named(path) -> None:
-    path.write_text("not a database, but long enough to look like a file that has a header " * 20)
-    with pytest.raises(StoreUnusable, match=r"paceline.sqlite cannot be used as a job store: file is not a database"):
-        Store(path)
+def test_readers_see_one_moment_while_another_thread_writes(store, make_job) -> None:
+    job = make_job()
+    store.add(job)
+    torn: list[object] = []
+    written = threading.Event()
+
+    def read() -> None:
+        while not written.is_set():
+            found = store.get(job.id)
+            if found.history[-1].reason != found.reason:
+                torn.append(found)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    moved = job
+    for number in range(100):
+        change = job.history[0]._replace(reason=f"Change{number}")
+        moved = replace(moved, reason=change.reason, history=(*moved.history, change))
+        store.save(moved)
+    written.set()
+    thread.join()
+    assert torn == []
+    assert store.get(job.id) == moved
+
+
+def test_a_filter_finds_the_jobs_it_names_and_pages_stay_while_jobs_are_added(store, make_job) -> None:
+    def add(number: int, owner: str = "", priority: int = 0, **labels: str) -> None:
+        job = make_job(f"job-{number}", JobState.RUNNING if number % 2 else JobState.QUEUED, owner=owner)
+        job.spec.priority = priority
+        job.spec.labels.update(labels)
+        store.add(job)
+
+    add(0, "ada", 5, team="vision")
+    add(1, "ada", 0, team="speech", kind="test")
+    add(2, "bob", -5, team="vision", kind="test")
+    add(3, 'it\'s "bob"', 0)
+
+    def found(text: str) -> str:
+        return "".join(job.id[-1] for job in store.page(10, None, condition_of(read_filter(text))).jobs)
+
+    assert found("") == "3210"
+    assert found("state=RUNNING") == "31"
+    assert found("state!=RUNNING AND owner=ada") == "0"
+    assert found("labels.team=vision") == "20"
+    assert found("labels.team!=vision") == "31"
+    assert found("labels.team=vision AND labels.kind=test") == "2"
+    assert found("priority>=0 AND priority<5") == "31"
+    assert found("priority<0") == "2"
+    assert found(r'owner="it\'s \"bob\""'.replace(r"\'", "'")) == "3"
+    condition = condition_of(read_filter("labels.team=vision"))
+    first = store.page(1, None, condition)
+    add(4, team="vision")
+    second = store.page(1, first.next_before, condition)
+    assert [page.jobs[0].id for page in (first, second)] == ["job-2", "job-0"]
+    assert second.next_before is None
+
+
+def test_why_the_whole_queue_waits_is_stored_at_once(store, make_job, noon) -> None:
+    waiting = [make_job(f"job-{number}") for number in range(3)]
+    for job in waiting:
+        store.add(job)
+    moved = [
+        advance(job, jobs.Waited("WaitingForTurn", f"place {place}", place), noon)
+        for place, job in enumerate(waiting, 1)
+    ]
+    store.save_queue(moved)
+    store.save_queue([])
+    assert store.open_jobs() == moved

@@ -129,7 +129,7 @@ def test_a_fault_of_the_file_names_the_url(s3: list[str], remote: Path) -> None:
 
 
 def test_all_urls_of_a_job_are_fetched(remote: Path, cache: Path) -> None:
-    job = job_pb2.JobSpec(initialize_from=f"file://{remote}/y.npy")
+    job = job_pb2.JobSpec(initialize_from=f"file://{remote}/y.npy", labels={"team": "vision"})
     job.data.train.CopyFrom(npy(f"file://{remote}"))
     fetch_all(job, lambda: None)
     assert files_under(cache) == ["x.npy", "y.npy"]

@@ -225,6 +225,16 @@ def test_flatten_hands_on_memory_that_nothing_writes_over(engine: Any, differenc
     np.testing.assert_array_equal(features, kept)
 
 
+def test_maps_that_are_pooled_slice_by_slice_never_exist_for_a_whole_batch(engine: Any) -> None:
+    words = ["conv2d: {filters: 32, kernel: 3, padding: same}", "max_pool2d: {size: 2}", "dense:3"]
+    model = engine.build(words, LOSS, (28, 28, 1), np.float32).model
+    model.reserve(64)
+    convolution, pooled = (placed.layer for placed in model.layers[:2])
+    assert convolution.pooling is pooled
+    assert len(convolution.y) == len(convolution.d_y) < 64
+    assert pooled.dx.nbytes == convolution.handed_on.nbytes == 0
+
+
 def test_a_step_on_images_allocates_nothing_big(engine: Any) -> None:
     words = ["conv2d: {filters: 32, kernel: 3, padding: same}", "silu", "max_pool2d: {size: 2}"]
     words += ["conv2d: {filters: 32, kernel: 3, padding: same}", *NETWORK[3:]]

@@ -1,14 +1,19 @@
-"""Checkpoints: complete or absent, found newest first, damage named and skipped."""
+"""Checkpoints: complete or absent, found newest first, damage of any kind named and skipped."""
 
 import json
 import os
+import re
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.numpy import load_file, save_file
 
 from protos.job_file import parse_job
+from worker.checked_file import write_checked
 from worker.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -16,6 +21,7 @@ from worker.checkpoint import (
     newest_checkpoint,
     prune_checkpoints,
     read_checkpoint,
+    remove_leftovers,
     write_atomically,
     write_checkpoint,
 )
@@ -48,6 +54,60 @@ def test_the_newest_readable_checkpoint_is_taken_and_damage_is_named(tmp_path: P
     assert newest_checkpoint(tmp_path, said.append).step == 20
     assert len(said) == 1
     assert "step-000000030" in said[0]
+
+
+MIDST = replace(make(7), batches=3, sums=(1.25, 7.0, 96), highest_loss=2.5e6, state={}, decayed=[])
+
+
+@given(data=st.data())
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_bit_flipped_anywhere_or_a_byte_too_few_or_too_many_is_found(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "a.safetensors"
+    write_checkpoint(path, MIDST)
+    whole = path.read_bytes()
+    assert read_checkpoint(path).position == MIDST.position
+    place = data.draw(st.integers(0, len(whole) - 1))
+    flipped = bytes([whole[place] ^ 1 << data.draw(st.integers(0, 7))])
+    wrong = st.sampled_from([whole[:place] + flipped + whole[place + 1 :], whole[:place], whole + whole[:1]])
+    path.write_bytes(data.draw(wrong))
+    with pytest.raises(CheckpointFault, match=r"a\.safetensors: is damaged: "):
+        read_checkpoint(path)
+
+
+def test_the_safetensors_library_alone_opens_a_checkpoint(tmp_path: Path) -> None:
+    write_checkpoint(tmp_path / "a", make(10))
+    tensors = load_file(tmp_path / "a")
+    assert tensors.keys() == {"parameters", "optimizer.first_moment"}
+    assert np.array_equal(tensors["parameters"], make(10).parameters)
+
+
+def test_files_that_are_no_checkpoints_of_ours_are_skipped_with_a_line_each(tmp_path: Path) -> None:
+    write_checkpoint(checkpoint_path(tmp_path, 1), make(1))
+    checkpoint_path(tmp_path, 2).write_bytes(b"")
+    checkpoint_path(tmp_path, 3).write_bytes((1 << 60).to_bytes(8, "little") + b"{}")
+    save_file({"parameters": np.zeros(3, np.float32)}, checkpoint_path(tmp_path, 4))  # without a checksum
+    checkpoint_path(tmp_path, 5).mkdir()
+    write_checked(
+        checkpoint_path(tmp_path, 6), {"parameters": np.zeros(3, np.float32)}, {}
+    )  # whole, but something else
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append).step == 1
+    assert [re.search(r"step-0*(\d)\.safetensors: (.*)$", line).groups() for line in said] == [
+        ("6", "step is missing: this is not a checkpoint"),
+        ("5", "cannot be read: Is a directory"),
+        ("4", "is damaged: it holds no sha256"),
+        ("3", "is damaged: it does not begin as a safetensors file does"),
+        ("2", "is damaged: it does not begin as a safetensors file does"),
+    ]
+
+
+def test_what_a_killed_writer_left_and_what_was_skipped_is_removed_and_nothing_else(tmp_path: Path) -> None:
+    for step in (1, 2, 3):
+        write_checkpoint(checkpoint_path(tmp_path, step), make(step))
+    checkpoint_path(tmp_path, 3).write_bytes(b"damaged")
+    (tmp_path / ".step-000000004.safetensors.77.tmp").write_bytes(b"half")
+    remove_leftovers(tmp_path, newest_checkpoint(tmp_path, lambda line: None).step)
+    assert sorted(os.listdir(tmp_path)) == ["step-000000001.safetensors", "step-000000002.safetensors"]
 
 
 def test_a_folder_with_no_good_checkpoint_says_so(tmp_path: Path) -> None:

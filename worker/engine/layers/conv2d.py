@@ -2,9 +2,11 @@
 
 Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
 worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
-cache; every buffer is made in `reserve`. Where winograd.py does the same with fewer products it is asked instead.
+cache; every buffer is made in `reserve`. A pooling behind may take each slice at once (tiles.py). Where winograd.py
+does the same with fewer products it is asked instead.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import ClassVar, Final, NamedTuple
 
@@ -13,7 +15,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine.layers import winograd
-from worker.engine.layers.tiles import Tile, copy_from_tiles
+from worker.engine.layers.tiles import TakesTiles, Tile, copy_from_tiles
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
@@ -55,6 +57,7 @@ class Conv2d:
         self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
         self.is_winograd = winograd.pays(self.windows, self.filters)
         self.tile: Tile | None = None
+        self.pooling: TakesTiles | None = None  # is given each slice's maps, and gives their gradient
         area = down.window * across.window
         self.seen_values = area * channels
         shape = (down.window, across.window, channels, self.filters)
@@ -70,6 +73,12 @@ class Conv2d:
             self.tile = tile
         return self.tile is not None
 
+    def give_slices(self, pooling: TakesTiles) -> bool:
+        """Where there are slices of whole images."""
+        if not self.is_winograd:
+            self.pooling = pooling
+        return self.pooling is not None
+
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
         """Take views: weight (kernel height, kernel width, channels, filters), bias (filters,) if there is one."""
         self.weight, *self.bias = values
@@ -79,15 +88,21 @@ class Conv2d:
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
         maps = self.tile.shape(self.output_shape) if self.tile else self.output_shape
-        self.y = np.empty((batch_size, *maps), dtype)
         self.dx = np.empty((batch_size, *self.input_shape), dtype)
         if self.is_winograd:
+            self.y = np.empty((batch_size, *maps), dtype)
             self._reserve_winograd(batch_size, dtype)
             return
         rows, columns, _ = self.output_shape
         row_bytes = columns * self.seen_values * np.dtype(dtype).itemsize
         self.slice_rows = rows if self.tile else min(max(SLICE_BYTES // row_bytes, 1), rows)
-        self.slice_images = min(max(SLICE_BYTES // (row_bytes * rows), 1), max(batch_size, 1))
+        image_bytes = row_bytes * rows
+        if self.pooling:  # which reads and writes the maps while they are in the cache too
+            image_bytes += math.prod(maps) * np.dtype(dtype).itemsize
+        self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
+        self.y = np.empty((self.slice_images if self.pooling else batch_size, *maps), dtype)
+        self.d_y = np.empty_like(self.y if self.pooling else self.y[:0])
+        self.handed_on = np.empty((batch_size, 0), dtype)
         # What surrounds the image is written here, once, and stays 0.
         self.padded = np.zeros((self.slice_images, *self.windows.padded_shape), dtype)
         self.d_padded = np.empty_like(self.padded)
@@ -117,8 +132,13 @@ class Conv2d:
         for bias in self.bias:
             self.factors[self.seen_values] = bias
         for block in self._blocks(len(x)):
-            np.matmul(self._unfold(block), self.factors, out=self._matrix(self.y, block))
-        return self.y[: len(x)]
+            if self.pooling:
+                maps = self.y[: block.images.stop - block.images.start]
+                np.matmul(self._unfold(block), self.factors, out=maps.reshape(-1, self.filters))
+                self.pooling.pool(block.images, maps)
+            else:
+                np.matmul(self._unfold(block), self.factors, out=self._matrix(self.y, block))
+        return self.handed_on[: len(x)] if self.pooling else self.y[: len(x)]
 
     def backward_parameters(self, dy: FloatArray) -> None:
         """dL/dW_ijcf = sum over windows p, q of x_(p s + i)(q s + j)c dL/dy_pqf, dL/db_f = sum of dL/dy_pqf.
@@ -171,14 +191,23 @@ class Conv2d:
 
     def _matrix(self, maps: FloatArray, block: Block) -> FloatArray:
         """A block of the maps as a matrix (windows, filters), a view; windows in the order in which maps lie."""
-        return (maps[block.images] if self.tile else maps[block.images, block.rows]).reshape(-1, self.filters)
+        if self.pooling:
+            return self._spread(block).reshape(-1, self.filters)
+        return maps[block.images, block.rows].reshape(-1, self.filters)
+
+    def _spread(self, block: Block) -> FloatArray:
+        """The gradient of a block's maps, from the pooling."""
+        assert self.pooling is not None
+        d_maps = self.d_y[: block.images.stop - block.images.start]
+        self.pooling.spread(block.images, d_maps)
+        return d_maps
 
     def _plain(self, maps: FloatArray, block: Block) -> FloatArray:
         """A block of the maps as a matrix (windows, filters), windows row by row."""
         if self.tile is None:
             return self._matrix(maps, block)
         plain = self.d_plain[: block.images.stop - block.images.start]
-        copy_from_tiles(maps[block.images], plain, self.tile)
+        copy_from_tiles(self._spread(block), plain, self.tile)
         return plain.reshape(-1, self.filters)
 
     def _unfold(self, block: Block) -> FloatArray:

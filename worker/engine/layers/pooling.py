@@ -43,12 +43,16 @@ class WindowPool(Untrained):
         self.windows = slide(input_shape, "size", options.size, stride, options.padding)
         self.input_shape = input_shape
         self.output_shape: Shape = (self.windows.down.outputs, self.windows.across.outputs, input_shape[2])
-        self.takes_tiles = False
+        self.takes_tiles = self.takes_slices = False
 
     def take_tiles(self, tile: Tile) -> None:
         """Images are given as tiles from now on, each of the pixels one window sees."""
         self.takes_tiles = True
         self.input_shape = tile.shape(self.input_shape)
+
+    def take_slices(self) -> None:
+        """They come by `pool` from now on and their gradient goes by `spread`; see tiles.py."""
+        self.takes_slices = True
 
     def at(self, padded: FloatArray, place: tuple[int, int]) -> FloatArray:
         """The pixels at one place of every window: a view (n, rows, columns, channels)."""
@@ -60,16 +64,37 @@ class WindowPool(Untrained):
         image_bytes = padded[0] * padded[1] * padded[2] * np.dtype(dtype).itemsize
         self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
         self.y = np.empty((batch_size, *self.output_shape), dtype)
-        self.dx = np.empty((batch_size, *self.input_shape), dtype)
+        self.dx = np.empty((batch_size, *((0,) if self.takes_slices else self.input_shape)), dtype)
         self.padded = np.full((self.slice_images, *padded), self.outside, dtype)
         self.d_padded = np.empty_like(self.padded)
         self.part = np.empty((self.slice_images, *self.output_shape), dtype)
-        self.largest = np.empty(self.part.shape, np.bool_)
 
-    def slices(self, samples: int) -> Iterator[slice]:
-        """The batch cut into slices."""
-        for first in range(0, samples, self.slice_images):
-            yield slice(first, min(first + self.slice_images, samples))
+    def forward(self, x: FloatArray) -> FloatArray:
+        """x (n, height, width, channels) -> (n, rows, columns, channels)."""
+        if not self.takes_slices:
+            self.pool(slice(0, len(x)), x)
+        return self.y[: len(x)]
+
+    def backward_input(self, dy: FloatArray) -> FloatArray:
+        """dL/dx; the derivations are at `spread`."""
+        self.dy, dx = dy, self.dx[: len(dy)]
+        if not self.takes_slices:
+            self.spread(slice(0, len(dy)), dx)
+        return dx
+
+    def pool(self, images: slice, maps: FloatArray) -> None:
+        """The output for these images of the batch."""
+        raise NotImplementedError
+
+    def spread(self, images: slice, d_maps: FloatArray) -> None:
+        """Write dL/dx of these images of the batch, given the dy of all of it."""
+        raise NotImplementedError
+
+    def slices(self, images: slice) -> Iterator[tuple[slice, slice]]:
+        """Images cut into slices that stay in cache: where each lies in the batch, and where among these images."""
+        for first in range(images.start, images.stop, self.slice_images):
+            last = min(first + self.slice_images, images.stop)
+            yield slice(first, last), slice(first - images.start, last - images.start)
 
     def surround(self, x: FloatArray) -> FloatArray:
         """x with what `same` adds around it; x itself where that is nothing."""
@@ -83,50 +108,59 @@ class WindowPool(Untrained):
 class MaxPool2d(WindowPool):
     """y = the largest value that a window sees."""
 
-    reads_output: ClassVar[bool] = True
+    reads_output: ClassVar[bool] = False
     outside: ClassVar[float] = -np.inf
 
-    def forward(self, x: FloatArray) -> FloatArray:
-        """x (n, height, width, channels) -> (n, rows, columns, channels)."""
-        self.x = x
-        for images in self.slices(len(x)):
-            padded, y = self.surround(x[images]), self.y[images]
-            np.copyto(y, self.at(padded, (0, 0)))
-            for place in self.windows.positions[1:]:
-                np.maximum(y, self.at(padded, place), out=y)
-        return self.y[: len(x)]
+    def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
+        """Also where each place but the first sees more than all before it, and what is left of a slice's gradient."""
+        super().reserve(batch_size, dtype, in_place)
+        self.exceeds = np.empty((len(self.windows.positions) - 1, *self.y.shape), np.bool_)
+        self.rest = np.empty_like(self.part)
 
-    def backward_input(self, dy: FloatArray) -> FloatArray:
+    def pool(self, images: slice, maps: FloatArray) -> None:
+        """The largest of each window.
+
+        What backward needs is a byte for each value compared, found here while the slice is in cache: to read the
+        images again took a third of backward's time.
+        """
+        first, *others = self.windows.positions
+        for here, among in self.slices(images):
+            padded, y = self.surround(maps[among]), self.y[here]
+            largest = self.at(padded, first)
+            for place, exceeds in zip(others, self.exceeds, strict=True):
+                seen = self.at(padded, place)
+                np.greater(seen, largest, out=exceeds[here])
+                largest = np.maximum(largest, seen, out=y)
+            if not others:
+                np.copyto(y, largest)
+
+    def spread(self, images: slice, d_maps: FloatArray) -> None:
         """dL/dx = sum of dL/dy over the windows that x is the largest value of.
 
         y = x_ij for the place i, j of the largest, so dy/dx is 1 there and 0 elsewhere. Of equal values the first takes
-        all, as in PyTorch: what it took is no longer there for those behind it. Where windows tile the image each part
-        is written where it belongs and the last place takes what is left; elsewhere parts are added up.
+        all, as in PyTorch: it is at the last place that sees more than all before it, which is asked first. Where
+        windows tile the image each part is written where it belongs; elsewhere parts are added up.
         """
-        for images in self.slices(len(dy)):
-            padded, y, rest, dx = self.surround(self.x[images]), self.y[images], dy[images], self.dx[images]
-            if self.windows.tile:
-                *places, last = self.windows.positions
-                for place in places:
-                    np.copyto(self.at(dx, place), self._taken(self.at(padded, place), y, rest))
-                np.copyto(self.at(dx, last), rest)
-                continue
-            d_padded = self.d_padded[: len(y)]
-            d_padded[...] = 0
-            for place in self.windows.positions:
-                target = self.at(d_padded, place)
-                np.add(target, self._taken(self.at(padded, place), y, rest), out=target)
-            dx[...] = self.windows.inside(d_padded)
-        return self.dx[: len(dy)]
-
-    def _taken(self, seen: FloatArray, y: FloatArray, rest: FloatArray) -> FloatArray:
-        """What one place of each window takes of the gradient, and takes off `rest`."""
-        largest, part = self.largest[: len(y)], self.part[: len(y)]
-        np.equal(seen, y, out=largest)
-        np.copyto(part, largest)  # a product of booleans and floats takes twice as long
-        np.multiply(part, rest, out=part)
-        np.subtract(rest, part, out=rest)
-        return part
+        first, *others = self.windows.positions
+        for here, among in self.slices(images):
+            rest, part = self.dy[here], self.part[: here.stop - here.start]
+            tile = self.windows.tile
+            target = d_maps[among] if tile else self.d_padded[: len(part)]
+            if not tile:
+                target[...] = 0
+            for place, exceeds in zip(reversed(others), self.exceeds[::-1], strict=True):
+                pixels = self.at(target, place)
+                np.copyto(part, exceeds[here])  # a product of booleans and floats takes twice as long
+                taken = np.multiply(part, rest, out=pixels if tile else part)
+                rest = np.subtract(rest, taken, out=self.rest[: len(part)])
+                if not tile:
+                    np.add(pixels, taken, out=pixels)
+            pixels = self.at(target, first)
+            if tile:
+                np.copyto(pixels, rest)
+            else:
+                np.add(pixels, rest, out=pixels)
+                d_maps[among] = self.windows.inside(target)
 
 
 class AveragePool2d(WindowPool):
@@ -140,38 +174,36 @@ class AveragePool2d(WindowPool):
         super().reserve(batch_size, dtype, in_place)
         ones = np.zeros((1, *self.windows.padded_shape))
         self.windows.inside(ones)[...] = 1
-        counts = np.add.reduce([self.at(ones, place)[0] for place in self.windows.positions])
+        counts = np.add.reduce([self.windows.at(ones, *place)[0] for place in self.windows.positions])
         self.shares = np.asarray(1 / counts, dtype)
 
-    def forward(self, x: FloatArray) -> FloatArray:
-        """x (n, height, width, channels) -> (n, rows, columns, channels)."""
-        for images in self.slices(len(x)):
-            padded, y = self.surround(x[images]), self.y[images]
+    def pool(self, images: slice, maps: FloatArray) -> None:
+        """The mean of each window."""
+        for here, among in self.slices(images):
+            padded, y = self.surround(maps[among]), self.y[here]
             np.copyto(y, self.at(padded, (0, 0)))
             for place in self.windows.positions[1:]:
                 np.add(y, self.at(padded, place), out=y)
             np.multiply(y, self.shares, out=y)
-        return self.y[: len(x)]
 
-    def backward_input(self, dy: FloatArray) -> FloatArray:
+    def spread(self, images: slice, d_maps: FloatArray) -> None:
         """dL/dx = sum of dL/dy / k over the windows that see x, k the pixels each of them sees.
 
         y = (x_1 + ... + x_k) / k, so dy/dx is 1/k for each of them.
         """
-        for images in self.slices(len(dy)):
-            part = self.part[: len(dy[images])]
-            np.multiply(dy[images], self.shares, out=part)
+        for here, among in self.slices(images):
+            part = self.part[: here.stop - here.start]
+            np.multiply(self.dy[here], self.shares, out=part)
             if self.windows.tile:
                 for place in self.windows.positions:
-                    np.copyto(self.at(self.dx[images], place), part)
+                    np.copyto(self.at(d_maps[among], place), part)
                 continue
             d_padded = self.d_padded[: len(part)]
             d_padded[...] = 0
             for place in self.windows.positions:
                 target = self.at(d_padded, place)
                 np.add(target, part, out=target)
-            self.dx[images] = self.windows.inside(d_padded)
-        return self.dx[: len(dy)]
+            d_maps[among] = self.windows.inside(d_padded)
 
 
 class GlobalAveragePool(Untrained):

@@ -4,6 +4,9 @@ Rules: a map (rows, columns, channels) that windows of down x across pixels tile
 across, rows / down, columns / across, channels): what place (i, j) of every window sees then lies together, and an
 operation runs over it in one go instead of over the channels of one pixel at a time. Only a convolution gives tiles and
 only a pooling whose windows tile its image takes them; which values there are, and their names, is not changed by it.
+
+Where the convolution works slice by slice of whole images, each slice is pooled while it is in cache, and so it is with
+the gradient: maps of a whole batch never exist, and what the two layers hand on through the chain holds no values.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -40,6 +43,9 @@ class GivesTiles(Protocol):
     def give_tiles(self, tile: Tile) -> bool:
         """Whether it does from now on."""
 
+    def give_slices(self, pooling: "TakesTiles") -> bool:
+        """Whether it hands tiles over slice by slice from now on."""
+
 
 @runtime_checkable
 class TakesTiles(Protocol):
@@ -50,6 +56,15 @@ class TakesTiles(Protocol):
     def take_tiles(self, tile: Tile) -> None:
         """It is given tiles from now on."""
 
+    def take_slices(self) -> None:
+        """They come by `pool` and their gradient goes by `spread`: `forward` and `backward_input` only pass by."""
+
+    def pool(self, images: slice, maps: FloatArray) -> None:
+        """The output for these images of the batch, whose maps are given."""
+
+    def spread(self, images: slice, d_maps: FloatArray) -> None:
+        """Write the gradient of these images' maps, given that of the whole output; may be asked for again."""
+
 
 def join(before: object, behind: object) -> None:
     """Let one layer hand tiles to the next, where both can."""
@@ -57,6 +72,8 @@ def join(before: object, behind: object) -> None:
         tile = Tile(behind.windows.down.window, behind.windows.across.window)
         if before.give_tiles(tile):
             behind.take_tiles(tile)
+            if before.give_slices(behind):
+                behind.take_slices()
 
 
 def quarters(maps: FloatArray, tiled: bool) -> list[list[FloatArray]]:
