@@ -66,6 +66,8 @@ class AllReduceExchange:
     """
 
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,

@@ -47,6 +47,8 @@ class LocalStepsExchange:
     """
 
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,
