@@ -48,6 +48,8 @@ CHECKPOINTS = "checkpoints"
 # nothing to go on with, and the worker starts anew in it.
 RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", CHECKPOINTS)
 RESULTS = (SUMMARY, "model.safetensors")
+# What the first rank says of the weights it begins with, in its log.
+FIRST_LOG, NOTE = "rank-0.log", b"initialize_from: "
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
 LEAVE_SECONDS = 5.0  # beyond limits.grace_seconds, for the way out
@@ -174,15 +176,16 @@ def _programs() -> tuple[str, str]:
 def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display, patience_seconds: float) -> int:
     """Run the launch to its end, showing each new report; told to end, give it `patience_seconds` for a checkpoint."""
     running: Running | None = None
+    notes = NotesTail(log_dir / FIRST_LOG)
     try:
         running = start(launch, log_dir)
-        return next(code for code in _follow(running, tail, display) if code is not None)
+        return next(code for code in _follow(running, tail, notes, display) if code is not None)
     except Interrupted:
         if running is not None:
             running.ask_to_stop()
             display.state("stopping behind the step under way; told again, it ends at once")
             deadline = time.monotonic() + patience_seconds
-            for code in _follow(running, tail, display):
+            for code in _follow(running, tail, notes, display):
                 if code is not None or time.monotonic() > deadline:
                     break
             if running.poll() == ExitCode.DONE:  # it was at its results already
@@ -193,10 +196,12 @@ def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display, p
             running.terminate(GRACE_SECONDS)
 
 
-def _follow(running: Running, tail: MetricsTail, display: Display) -> Iterator[int | None]:
+def _follow(running: Running, tail: MetricsTail, notes: NotesTail, display: Display) -> Iterator[int | None]:
     """Show each new report, and say again and again how the launch has ended; None while it runs."""
     while True:
         exit_code = running.wait(POLL_SECONDS)
+        for line in notes.read():
+            display.note(line)
         for report in tail.read():  # after the look at the process: what it wrote last is read too
             display.report(report)
         yield exit_code
@@ -231,6 +236,28 @@ class MetricsTail:
                 self._offset += len(line)
                 if line.rstrip(b"\n") not in self._known:
                     yield json_format.Parse(line, job_pb2.Report(), ignore_unknown_fields=True)
+
+
+class NotesTail:
+    """Reads what the first rank has added to its log of the weights training begins with."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[str]:
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115  # closed by the with below; only its absence is expected
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._offset += len(line)
+                if line.startswith(NOTE):
+                    yield printable(line.decode(errors="replace").rstrip("\n"))
 
 
 def keep_logs(log_dir: Path, output: Path) -> Path:

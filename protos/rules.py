@@ -93,6 +93,12 @@ def chosen_option(message: Message) -> str | None:
     return message.WhichOneof(choice.name) if choice else None
 
 
+def hint_of(descriptor: Descriptor, word: str) -> str:
+    """What the schema has to say of a word that the message does not know; nothing of most."""
+    extension: Any = options_pb2.hint
+    return next((hint.said for hint in descriptor.GetOptions().Extensions[extension] if hint.word == word), "")
+
+
 # -------------------------------------------------------------------------------------------------------- violations
 
 

@@ -228,6 +228,7 @@ def train(arguments: argparse.Namespace) -> int:
     reproducible = not isinstance(found, UsageFault) and found.training.reproducible
     processes.set_blas_threads(os.environ, os.cpu_count() or 1, reproducible)
 
+    from worker.memory import MemoryPeak
     from worker.run import run_job
     from worker.sync.heartbeats import Heartbeats
     from worker.sync.world import AgreedFault, World
@@ -277,7 +278,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
     heartbeats = Heartbeats(world, shared_memory)
-    watchdog = Watchdog(job.limits.stall_seconds, stalled, world.beat.live)
+    memory = MemoryPeak()
+
+    def look() -> None:
+        world.beat.live()
+        memory.look()
+
+    watchdog = Watchdog(job.limits.stall_seconds, stalled, look, is_alone=world.size == 1)
     stop.last_words(lambda: heartbeats.spoken() or bool(heartbeats.dead()), last_words)
 
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
@@ -289,7 +296,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     try:
         started = processes.process_start_time()
-        code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop)
+        code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop, memory)
     except AgreedFault as fault:
         if world.rank == 0:
             fail(str(fault), fault.exit_code)

@@ -43,7 +43,10 @@ class Exchange(Protocol):
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
+    in_step: bool  # all ranks take each step together, and see the same `totals` behind it
     finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
+    # Mean loss of the first step, where `totals` hold the sums of several; None where they hold its own, or before.
+    first_loss: float | None
     shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
 
     @property

@@ -53,6 +53,7 @@ class ServerExchange:
     finished: Finished | None = None
     guests = 0
     invitation: Invitation | None = None
+    first_loss: float | None = None
 
     def __init__(
         self,
@@ -69,7 +70,7 @@ class ServerExchange:
 
         `at_once`: nodes go on at their own pace and meet at the end of each epoch. `wire_format`: None is float32.
         """
-        self._at_once = at_once
+        self._at_once, self.in_step = at_once, not at_once
         self._asked_to_stop = False  # this rank, in its last step
         self.note = note
         self.shard_buffers = shard_buffers
@@ -277,16 +278,17 @@ class ServerExchange:
         self.statistics.sent("shared_memory", self.gradient.nbytes - own_bytes)
 
     def _agree(self, fault: TrainingFault | None) -> None:
-        """Fence, behind which a fault of any rank of the node is raised on each of them."""
+        """Fence, behind which a fault of any rank of the node is raised on each of them.
+
+        Where nodes go on at their own pace it is their own, and the others do not know of it.
+        """
         if fault is not None:
             text = np.frombuffer(str(fault).encode()[:FAULT_BYTES], np.uint8)
             self._faults[self.node.rank][: len(text)] = text
         self._fence()
         for told in self._faults:
             if told[0]:
-                kind = (
-                    ReplicaFault if self._at_once else TrainingFault
-                )  # nodes at their own pace do not see it together
+                kind = ReplicaFault if self._at_once else TrainingFault
                 raise kind(told.tobytes().rstrip(b"\0").decode(errors="replace")) from fault
 
     def _fence(self) -> None:
