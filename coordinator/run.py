@@ -81,6 +81,8 @@ def run(options: RunOptions) -> int:
     cores = available_cores()
     if job.workers > cores:
         say(f"warning: {job.workers} workers share {cores} cores and take turns; -n {cores} gives each its own")
+    if job.sync.parameter_server.guests:
+        say(f"guests may come while it runs: paceline join {output}")
     log_dir = Path(tempfile.mkdtemp(prefix="paceline-run-"))
     launch = render(
         mpirun=mpirun,

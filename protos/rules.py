@@ -277,6 +277,7 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             chosen_option(spec.sync.parameter_server.mode) not in (None, "synchronous"),
             "applies gradients in the order in which they come",
         ),
+        "sync.parameter_server.guests": (spec.sync.parameter_server.guests, "shares a batch with whoever comes"),
         "sync.parameter_server.wire_format": (
             chosen_option(spec.sync.parameter_server.wire_format) not in (None, "float32"),
             "rounds what each worker sends",
@@ -315,6 +316,14 @@ def _no_factors_for_servers(spec: JobSpec) -> Violation | None:
     )
 
 
+def _guests_hold_weights(spec: JobSpec) -> Violation | None:
+    given = chosen_option(spec.sync.parameter_server.wire_format)
+    if not spec.sync.parameter_server.guests or given in (None, "float32"):
+        return None
+    told = f"true is given beside wire_format: {given}, whose answers only those can read that hold the weights before"
+    return Violation("sync.parameter_server.guests", f"{told}; take float32 or no guests")
+
+
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
 PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
 
@@ -340,6 +349,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _reproducible_alone,
     _shards_of_reproducible,
     _whole_vector_in_one_step,
+    _guests_hold_weights,
     _no_factors_for_servers,
     _local_beside_synchronized,
     _metrics_for_the_loss,

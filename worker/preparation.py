@@ -97,7 +97,8 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
 
     Raises:
         ModelFault: naming a layer that so few samples cannot train.
-        UsageFault: there are local steps, and ranks that would have nothing to take them on.
+        UsageFault: there are local steps, and ranks that would have nothing to take them on; or guests may come, who
+            would not know all of the model.
     """
     samples = len(prepared.train)
     batch = min(job.training.batch_size or samples, samples)
@@ -105,6 +106,11 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
         raise UsageFault(
             f"sync.local: a batch of {batch} leaves some of the {world_size} ranks without a sample to take their own "
             "steps on; raise training.batch_size or take fewer workers"
+        )
+    if job.sync.parameter_server.guests and prepared.model.state_count:
+        raise UsageFault(
+            "sync.parameter_server.guests: true beside running statistics (batch_norm), which guests do not know: "
+            "take layer_norm, or no guests"
         )
     shards = job.training.virtual_shards if job.training.reproducible else 0
     share = -(-batch // (shards or world_size))

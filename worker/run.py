@@ -26,6 +26,7 @@ from worker.coordinator_client import connect
 from worker.data.stores import fetch_all, local_path
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
+from worker.invitation import leave_invitation
 from worker.measurements import Position, from_plain, validation_losses
 from worker.memory import MemoryPeak
 from worker.model_file import write_model
@@ -87,6 +88,10 @@ def run_job(
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
+    invitation: Path | None = None
+    if exchange.invitation is not None and world.rank == 0:
+        invitation = leave_invitation(folder, exchange.invitation)
+        say(f"guests may come: paceline-worker join {exchange.invitation.address} --token-file {invitation}")
     if remarkable := remark(prepared, job):
         say(remarkable)
 
@@ -154,6 +159,8 @@ def run_job(
             reporter.close()
         if client:
             client.close()
+        if invitation:
+            invitation.unlink(missing_ok=True)
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
     return ExitCode.INTERRUPTED if result.interrupted else ExitCode.DONE

@@ -68,6 +68,8 @@ class AllReduceExchange:
     in_step = True
     first_loss: float | None = None
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,

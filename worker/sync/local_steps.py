@@ -49,6 +49,8 @@ class LocalStepsExchange:
     in_step = True
     first_loss: float | None = None
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,
