@@ -172,7 +172,9 @@ def test_a_rank_whose_gradient_a_server_refuses_says_so_itself(run_ranks, tmp_pa
     job.write_text(json.dumps(json.loads(job.read_text()) | {"data": {"train": {"npz": {"path": "huge.npz"}}}}))
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
     assert done.returncode == 1
-    assert re.search(r"^error: rank 1 of 2 on \S+: parameter server \S+, step 1: ", done.stderr, re.MULTILINE)
+    # Rank 1, or rank 0 of it where the server's word to the other worker is faster.
+    said = r"^error: rank [01] of 2 on \S+: parameter server \S+, step \d+: worker 1 of 2"
+    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
     assert "no progress" not in done.stderr
 
 
