@@ -48,8 +48,9 @@ CHECKPOINTS = "checkpoints"
 # nothing to go on with, and the worker starts anew in it.
 RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", CHECKPOINTS)
 RESULTS = (SUMMARY, "model.safetensors")
-# What the first rank says of the weights it begins with, in its log.
-FIRST_LOG, NOTE = "rank-0.log", b"initialize_from: "
+# The first rank's log holds what it says on the way. Of this, progress is shown from the reports, and how it ended from
+# the exit code.
+FIRST_LOG, SHOWN_OTHERWISE = "rank-0.log", (b"epoch ", b"error: ", b"resuming after ", b"stopped by ")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
 LEAVE_SECONDS = 5.0  # beyond limits.grace_seconds, for the way out
@@ -200,11 +201,18 @@ def _follow(running: Running, tail: MetricsTail, notes: NotesTail, display: Disp
     """Show each new report, and say again and again how the launch has ended; None while it runs."""
     while True:
         exit_code = running.wait(POLL_SECONDS)
-        for line in notes.read():
-            display.note(line)
+        if exit_code is None:  # what it says under way comes before what it reports, and at its end behind
+            _show_notes(notes, display)
         for report in tail.read():  # after the look at the process: what it wrote last is read too
             display.report(report)
+        if exit_code is not None:
+            _show_notes(notes, display)
         yield exit_code
+
+
+def _show_notes(notes: NotesTail, display: Display) -> None:
+    for line in notes.read():
+        display.note(line)
 
 
 class MetricsTail:
@@ -239,7 +247,7 @@ class MetricsTail:
 
 
 class NotesTail:
-    """Reads what the first rank has added to its log of the weights training begins with."""
+    """Reads what the first rank has added to its log for people: the weights it begins with, the way it exchanges."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -256,7 +264,7 @@ class NotesTail:
                 if not line.endswith(b"\n"):
                     return  # still being written
                 self._offset += len(line)
-                if line.startswith(NOTE):
+                if line.strip() and not line.startswith(SHOWN_OTHERWISE):
                     yield printable(line.decode(errors="replace").rstrip("\n"))
 
 
