@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from protos import environment
+from worker.coordinator_line import CoordinatorLine, Tls, tls_of
 
 Item = tuple[dict[str, Any] | None, list[dict[str, Any]]]
 CALL_SECONDS = 5.0  # deadline of one call
@@ -26,9 +27,11 @@ class CoordinatorClient:
     Args:
         address: host:port of the CoordinatorService.
         token: the job's own, shown on every call.
+        tls: how the coordinator is known, where it speaks TLS.
     """
 
-    def __init__(self, address: str, job_id: str, attempt: int, token: str) -> None:
+    def __init__(self, address: str, job_id: str, attempt: int, token: str, tls: Tls | None = None) -> None:
+        self._tls = tls
         self._address = address
         self._job_id = job_id
         self._attempt = attempt
@@ -53,17 +56,15 @@ class CoordinatorClient:
             )
 
     def _run(self) -> None:
-        import grpc
-
-        from protos import coordinator_pb2_grpc
-
-        with grpc.insecure_channel(self._address) as channel:
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
+        line = CoordinatorLine(self._address, self._tls)
+        try:
             ended = False
             while not ended:
                 batch, ended = self._next_batch()
                 if batch:
-                    ended |= not self._deliver(stub, batch)
+                    ended |= not self._deliver(line, batch)
+        finally:
+            line.close()
 
     def _next_batch(self) -> tuple[list[Item], bool]:
         """Everything that waits, at least one; and whether it is the last."""
@@ -77,7 +78,7 @@ class CoordinatorClient:
                 return batch, False
         return batch, True
 
-    def _deliver(self, stub: Any, batch: list[Item]) -> bool:
+    def _deliver(self, line: CoordinatorLine, batch: list[Item]) -> bool:
         """Try until the coordinator has answered; False when it never will."""
         import grpc
         from google.protobuf import json_format
@@ -94,7 +95,7 @@ class CoordinatorClient:
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
         while tries_after_closing > 0:
             try:
-                stub.ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
+                line.stub.ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
                 return True
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -102,6 +103,7 @@ class CoordinatorClient:
                     return False
             if self._closing.wait(RETRY_SECONDS):
                 tries_after_closing -= 1
+            line.renew()
         return False
 
 
@@ -115,4 +117,5 @@ def connect(settings: Mapping[str, str]) -> CoordinatorClient | None:
         settings[environment.JOB_ID],
         int(settings[environment.JOB_ATTEMPT]),
         settings[environment.JOB_TOKEN],
+        tls_of(settings),
     )

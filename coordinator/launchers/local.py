@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.launchers.causes import LAUNCHER_LOG, Cause, explain
-from protos.environment import FAST_START, ROOT_ALLOWED
+from protos.environment import FAST_START, ROOT_ALLOWED, SECRETS
 
 __all__ = [
     "Cause",
@@ -191,7 +191,7 @@ def start(launch: Launch, log_dir: Path) -> Running:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:
             process = subprocess.Popen(
                 launch.argv,
-                env={**os.environ, **scratch.environment, **launch.environment},
+                env={**_without_secrets(os.environ), **scratch.environment, **launch.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -201,6 +201,10 @@ def start(launch: Launch, log_dir: Path) -> Running:
         scratch.remove()
         raise
     return Running(process, scratch)
+
+
+def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in SECRETS}
 
 
 def _kill_session(session: int) -> None:

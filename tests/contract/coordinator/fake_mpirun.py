@@ -77,6 +77,10 @@ match name:
     case "long":  # reports once, then never ends by itself
         report(1, loss=1.0)
         time.sleep(600)
+    case "chatty":  # goes on writing lines
+        while True:
+            print("still here", file=rank_log)
+            time.sleep(0.05)
     case "rank-killed":  # rank 1 is killed once rank 0 has reported
         report(1, loss=1.0)
         if rank == 0:
