@@ -91,7 +91,9 @@ def test_an_unknown_job_is_none_and_cannot_be_saved(store, make_job) -> None:
 def test_open_jobs_come_in_the_order_of_submission(store, make_job) -> None:
     for number, state in enumerate(JobState):
         store.add(make_job(f"job-{number}", state))
-    assert [job.state for job in store.open_jobs()] == ["QUEUED", "STARTING", "RUNNING", "CANCELLING"]
+    assert [job.state for job in store.open_jobs()] == [
+        *("QUEUED", "STARTING", "RUNNING", "PAUSED", "RESTARTING", "CANCELLING"),
+    ]
     assert store.count_by_state() == dict.fromkeys(JobState, 1)
 
 

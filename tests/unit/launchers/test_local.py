@@ -142,7 +142,7 @@ def test_no_rank_outlives_a_killed_mpirun(launched):
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     )
     pids = [int(line) for line in wait_for_lines(logs / "launcher.log", 2)]
-    os.kill(running.pid, signal.SIGKILL)
+    os.kill(running.process.pid, signal.SIGKILL)
     exit_code = running.wait(WAIT_SECONDS)
     assert not any(is_alive(pid) for pid in pids)
     assert local.explain(exit_code, logs).message == "mpirun was killed by signal 9 (SIGKILL), and its ranks with it"
