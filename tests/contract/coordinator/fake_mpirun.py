@@ -6,6 +6,7 @@ place of paceline-worker, and then it is one rank of many.
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -49,7 +50,7 @@ def report(step: int, **fields: float) -> None:
                 stub.ReportProgress(request, metadata=token, timeout=10)
                 return
             except grpc.RpcError as error:
-                if error.code() is not grpc.StatusCode.UNAVAILABLE:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
                     raise
         time.sleep(0.05)
 
@@ -116,6 +117,15 @@ match name:
             print("error: rank 0 of 1 on here: the loss is nan at step 2", file=rank_log)
             sys.exit(1)
         finish()
+    case "counted" | "counted-mute":  # leaves a line when it begins and when it ends, whoever is there to see it
+        with (logs / "counted").open("a") as counted:
+            counted.write("begun\n")
+        time.sleep(random.uniform(0, 0.3))
+        if name == "counted":
+            report(2, loss=1.5)
+        finish()
+        with (logs / "counted").open("a") as counted:
+            counted.write("ended\n")
     case "rank-killed":  # rank 1 is killed once rank 0 has reported
         report(1, loss=1.0)
         if rank == 0:
