@@ -205,7 +205,7 @@ class Controller:
                     self._observe()
                     self._decide()
                     self._stop_unwanted()
-                    self._metrics.slots_used(sum(job.slots for job in self._jobs.values() if job.id in self._runs))
+                    self._metrics.slots_used(sum(job.slots for job in self._jobs.values() if job.state in PLACED))
                     if self._stopping and not (self._runs and self._ends_jobs):
                         return
                     restarting = any(job.state is JobState.RESTARTING for job in self._jobs.values())

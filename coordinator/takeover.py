@@ -30,9 +30,13 @@ def take_over(
 ) -> Running | jobs.Lost | jobs.Paused | jobs.Stopped | jobs.Broke:
     """The processes of a launched job, or what becomes of it where there never were any."""
     try:
-        if (running := launcher.adopt(job, folder)) is not None:
+        running = launcher.adopt(job, folder)
+        if running is not None and running.poll() is None:
             return running
-        count = end_leftovers(job, grace_seconds)  # of a version that kept no records
+        # Of a launch whose keeper was killed too, or of a version that had none.
+        count = end_leftovers(job, grace_seconds)
+        if running is not None:
+            return running
     except (OSError, ValueError, TimeoutError) as fault:
         message = (
             f"the coordinator was killed while this job was {job.state} and cannot tell what became of it: {fault}"

@@ -139,6 +139,8 @@ class Running:
         record: its file.
         scratch: what goes with the launch, should the keeper be killed before it has removed it.
         child: the keeper, where it is a child of this process.
+
+    One that had ended before it was adopted has left its number to others: then no process is ended by it.
     """
 
     def __init__(
@@ -148,6 +150,7 @@ class Running:
         self._record = record
         self._scratch = scratch
         self._child = child
+        self._owns_session = child is not None or self._alive()
         self._exit_code: int | None = None
         self._lock = threading.Lock()
 
@@ -162,7 +165,7 @@ class Running:
         with self._lock:
             if self._exit_code is None and not self._alive():
                 # Seen to end a moment ago or not yet reaped, so its id, which is also the session's, is nobody else's.
-                if remaining := keeper.kill_session(self.process.pid):
+                if self._owns_session and (remaining := keeper.kill_session(self.process.pid)):
                     raise TimeoutError(f"processes {remaining} are still there {KILL_SECONDS:g} s after SIGKILL")
                 for folder in self._scratch:
                     shutil.rmtree(folder, ignore_errors=True)
