@@ -14,7 +14,7 @@ from coordinator.faults import CommandFault, say_faults
 from protos.exit_codes import ExitCode
 
 DEBUG = "PACELINE_DEBUG"
-WORKER_VERBS = ("train", "evaluate", "predict", "export", "plan")
+WORKER_VERBS = ("train", "evaluate", "predict", "export", "plan", "join", "follow")
 
 
 def main() -> None:

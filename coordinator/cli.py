@@ -26,7 +26,7 @@ HTTP = "127.0.0.1:8080"
 app = typer.Typer(
     help="Train neural networks on CPUs, across processes and machines.",
     epilog="Verbs of paceline-worker, typed alike: train JOB.yaml -o DIR, evaluate DIR JOB.yaml, predict DIR INPUT, "
-    "plan JOB.yaml --nodes N --bandwidth B.",
+    "plan JOB.yaml --nodes N --bandwidth B, join DIR, follow DIR.",
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,  # Rich is loaded only where a live bar is drawn

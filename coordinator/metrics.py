@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from itertools import accumulate
+from typing import Literal, TypeAlias
 
 from prometheus_client import CollectorRegistry
 from prometheus_client.core import (
@@ -64,6 +65,10 @@ class _Training:
     expires: datetime | None = None  # once it has ended
 
 
+_ServerColumn: TypeAlias = Literal[
+    "parameter_server_restarts", "parameter_server_steps_lost", "parameter_server_workers"
+]
+
 # Gauges taken from the newest report that states them: (series, field of Report, what it is).
 _GAUGES = (
     ("paceline_train_loss", "loss", "Mean training loss since the report before."),
@@ -76,6 +81,15 @@ _COUNTERS = (
     ("paceline_samples", "samples", "Samples trained on, over all ranks."),
     ("paceline_steps", "step", "Steps trained, each one global batch."),
 )
+# Of a job with parameter servers, from rank 0's report: (kind, series, field of RankReport, what it is).
+_SERVERS: tuple[tuple[type[CounterMetricFamily | GaugeMetricFamily], str, _ServerColumn, str], ...] = (
+    (CounterMetricFamily, "paceline_parameter_server_restarts", "parameter_server_restarts",
+     "Parameter servers that died and came back."),
+    (CounterMetricFamily, "paceline_parameter_server_steps_lost", "parameter_server_steps_lost",
+     "Steps since their snapshots that parameter servers lost when they died."),
+    (GaugeMetricFamily, "paceline_parameter_server_workers", "parameter_server_workers",
+     "Who shares the next step: nodes and guests."),
+)  # fmt: skip
 
 
 class Metrics(Collector):
@@ -226,6 +240,7 @@ class Metrics(Collector):
             "When the job's newest checkpoint was complete.",
             labels=["job"],
         )
+        servers = [family(name, text, labels=["job"]) for family, name, _, text in _SERVERS]
         for job_id, training in self._training.items():
             totals: dict[tuple[str, str], int] = {}
             for number, rank in sorted(training.ranks.items()):
@@ -233,12 +248,15 @@ class Metrics(Collector):
                 beat.add_metric([job_id, str(number)], training.heartbeats[number].timestamp())
                 if rank.HasField("checkpoint_time"):
                     saved.add_metric([job_id], rank.checkpoint_time)
+                for series, (_, _, column, _) in zip(servers, _SERVERS, strict=True):
+                    if rank.HasField(column):
+                        series.add_metric([job_id], getattr(rank, column))
                 for direction, by_transport in (("sent", rank.sent_bytes), ("received", rank.received_bytes)):
                     for transport, count in by_transport.items():
                         totals[transport, direction] = totals.get((transport, direction), 0) + count
             for (transport, direction), count in sorted(totals.items()):
                 sent.add_metric([job_id, transport, direction], count)
-        yield from (wait, sent, beat, saved)
+        yield from (wait, sent, beat, saved, *servers)
 
 
 def _optional(column: str) -> bool:

@@ -29,6 +29,7 @@ class Display(Protocol):
     """Where progress goes. Entered before the first event and left after the last."""
 
     def state(self, words: str, job: job_pb2.Job | None = None) -> None: ...
+    def note(self, line: str) -> None: ...
     def report(self, report: job_pb2.Report) -> None: ...
     def __enter__(self) -> Self: ...
     def __exit__(
@@ -115,6 +116,9 @@ class PlainLines:
             self._words = words
             print(words, file=self._out, flush=True)
 
+    def note(self, line: str) -> None:
+        print(line, file=self._out, flush=True)
+
     def report(self, report: job_pb2.Report) -> None:
         if self._thinning.wants(report):
             print(report_line(report, self._epochs), file=self._out, flush=True)
@@ -127,7 +131,7 @@ class PlainLines:
 
 
 class JsonLines:
-    """For programs: every event, one object a line, `{"job": ...}` or `{"report": ...}`."""
+    """For programs: every event, one object a line, `{"job": ...}`, `{"report": ...}` or `{"note": ...}`."""
 
     def __init__(self, out: TextIO) -> None:
         self._out = out
@@ -135,6 +139,9 @@ class JsonLines:
     def state(self, words: str, job: job_pb2.Job | None = None) -> None:
         if job is not None:
             print(json_line({"job": document(job)}), file=self._out, flush=True)
+
+    def note(self, line: str) -> None:
+        print(json_line({"note": line}), file=self._out, flush=True)
 
     def report(self, report: job_pb2.Report) -> None:
         print(json_line({"report": document(report)}), file=self._out, flush=True)
@@ -158,6 +165,9 @@ class LiveBar:
 
     def state(self, words: str, job: job_pb2.Job | None = None) -> None:
         self._progress.update(self._task, description=words)
+
+    def note(self, line: str) -> None:
+        self._console.print(line, markup=False, highlight=False)
 
     def report(self, report: job_pb2.Report) -> None:
         if self._thinning.wants(report) and ends_epoch(report, self._epochs):

@@ -48,6 +48,9 @@ CHECKPOINTS = "checkpoints"
 # nothing to go on with, and the worker starts anew in it.
 RUN_FILES = ("job.yaml", METRICS, SUMMARY, "model.safetensors", CHECKPOINTS)
 RESULTS = (SUMMARY, "model.safetensors")
+# The first rank's log holds what it says on the way. Of this, progress is shown from the reports, and how it ended from
+# the exit code.
+FIRST_LOG, SHOWN_OTHERWISE = "rank-0.log", (b"epoch ", b"error: ", b"resuming after ", b"stopped by ")
 POLL_SECONDS = 0.1
 GRACE_SECONDS = 10.0  # for the workers to end by themselves when told to
 LEAVE_SECONDS = 5.0  # beyond limits.grace_seconds, for the way out
@@ -79,6 +82,8 @@ def run(options: RunOptions) -> int:
     cores = available_cores()
     if job.workers > cores:
         say(f"warning: {job.workers} workers share {cores} cores and take turns; -n {cores} gives each its own")
+    if job.sync.parameter_server.guests:
+        say(f"guests may come while it runs: paceline join {output}")
     log_dir = Path(tempfile.mkdtemp(prefix="paceline-run-"))
     launch = render(
         mpirun=mpirun,
@@ -172,15 +177,16 @@ def _programs() -> tuple[str, str]:
 def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display, patience_seconds: float) -> int:
     """Run the launch to its end, showing each new report; told to end, give it `patience_seconds` for a checkpoint."""
     running: Running | None = None
+    notes = NotesTail(log_dir / FIRST_LOG)
     try:
         running = start(launch, log_dir)
-        return next(code for code in _follow(running, tail, display) if code is not None)
+        return next(code for code in _follow(running, tail, notes, display) if code is not None)
     except Interrupted:
         if running is not None:
             running.ask_to_stop()
             display.state("stopping behind the step under way; told again, it ends at once")
             deadline = time.monotonic() + patience_seconds
-            for code in _follow(running, tail, display):
+            for code in _follow(running, tail, notes, display):
                 if code is not None or time.monotonic() > deadline:
                     break
             if running.poll() == ExitCode.DONE:  # it was at its results already
@@ -191,13 +197,22 @@ def _train(launch: Launch, log_dir: Path, tail: MetricsTail, display: Display, p
             running.terminate(GRACE_SECONDS)
 
 
-def _follow(running: Running, tail: MetricsTail, display: Display) -> Iterator[int | None]:
+def _follow(running: Running, tail: MetricsTail, notes: NotesTail, display: Display) -> Iterator[int | None]:
     """Show each new report, and say again and again how the launch has ended; None while it runs."""
     while True:
         exit_code = running.wait(POLL_SECONDS)
+        if exit_code is None:  # what it says under way comes before what it reports, and at its end behind
+            _show_notes(notes, display)
         for report in tail.read():  # after the look at the process: what it wrote last is read too
             display.report(report)
+        if exit_code is not None:
+            _show_notes(notes, display)
         yield exit_code
+
+
+def _show_notes(notes: NotesTail, display: Display) -> None:
+    for line in notes.read():
+        display.note(line)
 
 
 class MetricsTail:
@@ -229,6 +244,28 @@ class MetricsTail:
                 self._offset += len(line)
                 if line.rstrip(b"\n") not in self._known:
                     yield json_format.Parse(line, job_pb2.Report(), ignore_unknown_fields=True)
+
+
+class NotesTail:
+    """Reads what the first rank has added to its log for people: the weights it begins with, the way it exchanges."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._offset = 0
+
+    def read(self) -> Iterator[str]:
+        try:
+            file = open(self._path, "rb")  # noqa: SIM115  # closed by the with below; only its absence is expected
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(self._offset)
+            for line in file:
+                if not line.endswith(b"\n"):
+                    return  # still being written
+                self._offset += len(line)
+                if line.strip() and not line.startswith(SHOWN_OTHERWISE):
+                    yield printable(line.decode(errors="replace").rstrip("\n"))
 
 
 def keep_logs(log_dir: Path, output: Path) -> Path:

@@ -31,6 +31,7 @@ from protos.rules import (
     Violation,
     check,
     choice_of,
+    hint_of,
     option_words,
     resolve,
     rule_of,
@@ -220,7 +221,7 @@ class _Reading:
             return {}
         if isinstance(tree, str) and words:
             if tree not in words:
-                self.fault(path, not_one_of(tree, words))
+                self.fault(path, not_one_of(tree, words, hint_of(descriptor, tree)))
                 return {}
             tree = {tree: None}
         if not isinstance(tree, dict):
@@ -241,8 +242,8 @@ class _Reading:
             near = nearest(name, descriptor.fields_by_name)
             if near:
                 self.explained.add(f"{path}.{near}" if path else near)
-            hint = f"; did you mean {near}?" if near else ""
-            return self.fault(place, f"is unknown; known here: {_names(descriptor)}{hint}")
+            hint = hint_of(descriptor, name) or (f"did you mean {near}?" if near else "")
+            return self.fault(place, f"is unknown; known here: {_names(descriptor)}" + (f"; {hint}" if hint else ""))
         if is_map(field):
             return self.texts(field, tree, place)
         if field.is_repeated:

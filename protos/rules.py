@@ -21,14 +21,7 @@ from protos.job_pb2 import JobSpec, Layer
 from protos.labels import LABEL_RULE, is_label, is_map
 from protos.wording import not_one_of, number, quoted
 
-INTEGERS = frozenset(
-    {
-        FieldDescriptor.CPPTYPE_INT32,
-        FieldDescriptor.CPPTYPE_INT64,
-        FieldDescriptor.CPPTYPE_UINT32,
-        FieldDescriptor.CPPTYPE_UINT64,
-    }
-)
+INTEGERS = frozenset(getattr(FieldDescriptor, f"CPPTYPE_{name}") for name in ("INT32", "INT64", "UINT32", "UINT64"))
 FLOATS = frozenset({FieldDescriptor.CPPTYPE_DOUBLE, FieldDescriptor.CPPTYPE_FLOAT})
 
 
@@ -91,6 +84,12 @@ def chosen_option(message: Message) -> str | None:
     """The word of the option a message holds, None where it names none or has no options."""
     choice = choice_of(schema_of(message))
     return message.WhichOneof(choice.name) if choice else None
+
+
+def hint_of(descriptor: Descriptor, word: str) -> str:
+    """What the schema has to say of a word that the message does not know; nothing of most."""
+    extension: Any = options_pb2.hint
+    return next((hint.said for hint in descriptor.GetOptions().Extensions[extension] if hint.word == word), "")
 
 
 # -------------------------------------------------------------------------------------------------------- violations
@@ -271,6 +270,7 @@ def _reproducible_alone(spec: JobSpec) -> Violation | None:
             chosen_option(spec.sync.parameter_server.mode) not in (None, "synchronous"),
             "applies gradients in the order in which they come",
         ),
+        "sync.parameter_server.guests": (spec.sync.parameter_server.guests, "shares a batch with whoever comes"),
         "sync.parameter_server.wire_format": (
             chosen_option(spec.sync.parameter_server.wire_format) not in (None, "float32"),
             "rounds what each worker sends",
@@ -309,6 +309,14 @@ def _no_factors_for_servers(spec: JobSpec) -> Violation | None:
     )
 
 
+def _guests_hold_weights(spec: JobSpec) -> Violation | None:
+    given = chosen_option(spec.sync.parameter_server.wire_format)
+    if not spec.sync.parameter_server.guests or given in (None, "float32"):
+        return None
+    told = f"true is given beside wire_format: {given}, whose answers only those can read that hold the weights before"
+    return Violation("sync.parameter_server.guests", f"{told}; take float32 or no guests")
+
+
 OF_VALUES = ("root_mean_squared_error", "r2")  # the other metrics count labels
 PREDICTS_LABELS = ("softmax_cross_entropy", "binary_cross_entropy")
 
@@ -334,6 +342,7 @@ CROSS_FIELD_RULES: tuple[Callable[[JobSpec], Violation | None], ...] = (
     _reproducible_alone,
     _shards_of_reproducible,
     _whole_vector_in_one_step,
+    _guests_hold_weights,
     _no_factors_for_servers,
     _local_beside_synchronized,
     _metrics_for_the_loss,

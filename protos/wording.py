@@ -12,11 +12,12 @@ def nearest(word: str, allowed: Iterable[str]) -> str | None:
     return next(iter(difflib.get_close_matches(word, list(allowed), n=1)), None)
 
 
-def not_one_of(word: str, allowed: Iterable[str]) -> str:
-    """What to say of a word that is none of those allowed."""
+def not_one_of(word: str, allowed: Iterable[str], hint: str = "") -> str:
+    """What to say of a word that is none of those allowed; the nearest of them where there is no better hint."""
     allowed = list(allowed)
     near = nearest(word, allowed)
-    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; did you mean {near}?" if near else "")
+    hint = hint or (f"did you mean {near}?" if near else "")
+    return f"{quoted(word)} is not one of: {', '.join(allowed)}" + (f"; {hint}" if hint else "")
 
 
 def quoted(text: str) -> str:

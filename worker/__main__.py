@@ -82,6 +82,17 @@ def make_parser() -> argparse.ArgumentParser:
     verb.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", dest="settings",
                       help="override a field of the job file")  # fmt: skip
 
+    for name, what in (
+        ("join", "take part in a running job with parameter servers, as its guest"),
+        ("follow", "evaluate the weights of such a job while it runs"),
+    ):
+        verb = verbs.add_parser(name, help=what)
+        verb.add_argument("job", metavar="HOST:PORT|DIR", help="of its first server, or its output folder on this host")
+        verb.add_argument("--token-file", type=Path, metavar="FILE",
+                          help="the output folder's guests.json; else the token is in PACELINE_JOB_TOKEN")  # fmt: skip
+    verb.add_argument("--every", type=int, default=1, metavar="STEPS", help="only weights after every so many steps; 1")
+    verb.add_argument("--format", choices=("text", "json"), default="text")
+
     verb = verbs.add_parser("serve-parameters", help="one parameter-server shard; started by train")
     verb.add_argument("job", type=Path, metavar="JOB.yaml")
     verb.add_argument("start", type=Path, metavar="CHECKPOINT", help="weights and optimizer state to begin with")
@@ -121,6 +132,11 @@ def main() -> None:
     sys.exit(code)
 
 
+def say(line: str) -> None:
+    """A line for a person or a pipe, at once."""
+    print(line, flush=True)
+
+
 def leave_output() -> None:
     """Let what is still buffered go nowhere: nobody reads it, or it cannot be written."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -154,6 +170,19 @@ def run_verb(arguments: argparse.Namespace) -> int:
         from worker.onnx_export import export_folder
 
         export_folder(arguments.folder, arguments.onnx)
+    elif arguments.verb == "join":
+        from worker.invitation import read_invitation
+        from worker.join import join_job
+
+        join_job(read_invitation(arguments.job, arguments.token_file), say)
+    elif arguments.verb == "follow":
+        from worker.follow import follow_job
+        from worker.invitation import read_invitation
+
+        if arguments.every < 1:
+            raise UsageFault(f"--every: {arguments.every} is not at least 1")
+        invitation = read_invitation(arguments.job, arguments.token_file)
+        follow_job(invitation, arguments.every, arguments.format == "json", say)
     else:
         from worker.server.process import Part, serve_parameters
 
@@ -199,6 +228,7 @@ def train(arguments: argparse.Namespace) -> int:
     reproducible = not isinstance(found, UsageFault) and found.training.reproducible
     processes.set_blas_threads(os.environ, os.cpu_count() or 1, reproducible)
 
+    from worker.memory import MemoryPeak
     from worker.run import run_job
     from worker.sync.heartbeats import Heartbeats
     from worker.sync.world import AgreedFault, World
@@ -248,7 +278,13 @@ def train(arguments: argparse.Namespace) -> int:
 
     shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
     heartbeats = Heartbeats(world, shared_memory)
-    watchdog = Watchdog(job.limits.stall_seconds, stalled, world.beat.live)
+    memory = MemoryPeak()
+
+    def look() -> None:
+        world.beat.live()
+        memory.look()
+
+    watchdog = Watchdog(job.limits.stall_seconds, stalled, look, is_alone=world.size == 1)
     stop.last_words(lambda: heartbeats.spoken() or bool(heartbeats.dead()), last_words)
 
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
@@ -260,7 +296,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     try:
         started = processes.process_start_time()
-        code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop)
+        code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop, memory)
     except AgreedFault as fault:
         if world.rank == 0:
             fail(str(fault), fault.exit_code)

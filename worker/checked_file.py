@@ -18,7 +18,7 @@ import numpy as np
 
 DIGEST: Final = "sha256"
 NO_DIGEST: Final = "0" * 64
-DIGEST_FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')
+DIGEST_FIELD = re.compile(rb'"sha256":"([0-9a-f]{64})"')  # within other metadata its quotes would be escaped
 DTYPES: Final = {"<f4": "F32", "<f8": "F64"}
 MOST_HEADER_BYTES: Final = 100_000_000  # the library's own limit
 BLOCK_BYTES: Final = 1 << 20
@@ -27,7 +27,7 @@ BLOCK_BYTES: Final = 1 << 20
 def write_checked(path: Path, tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> None:
     """Write a file straight from C-contiguous float32 or float64 arrays. OSError where the disk refuses."""
     header = _header(tensors, {**metadata, DIGEST: NO_DIGEST})
-    place = header.index(NO_DIGEST.encode())
+    place = _digests(header)[0].start(1)
     digest = hashlib.sha256(header)
     with path.open("wb", buffering=0) as file:
         _write_all(file, header)
@@ -47,13 +47,18 @@ def damage(path: Path) -> str | None:
             return "it does not begin as a safetensors file does"
         file.seek(0)
         header = file.read(8 + length)
-        found = DIGEST_FIELD.findall(header)
+        found = _digests(header)
         if len(found) != 1:
             return f"it holds no {DIGEST}"
-        digest = hashlib.sha256(header.replace(found[0], NO_DIGEST.encode(), 1))
+        start, stop = found[0].span(1)
+        digest = hashlib.sha256(header[:start] + NO_DIGEST.encode() + header[stop:])
         while block := file.read(BLOCK_BYTES):
             digest.update(block)
-    return None if digest.hexdigest().encode() == found[0] else f"its {DIGEST} does not match what it holds"
+    return None if digest.hexdigest().encode() == found[0][1] else f"its {DIGEST} does not match what it holds"
+
+
+def _digests(header: bytes) -> list[re.Match[bytes]]:
+    return list(DIGEST_FIELD.finditer(header))
 
 
 def _header(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, str]) -> bytes:

@@ -29,6 +29,8 @@ from worker.update import AVERAGE
 WRITING_SHARE = 0.1  # of the time, at most, where the clock decides
 WAIT_SHARE = 0.8  # of limits.stall_seconds, so that a disk that hangs is named before a rank that waits for it
 
+ENORMOUS = float(np.sqrt(np.finfo(np.float32).max))  # of a weight
+
 
 class Checkpointer:
     """Writes the checkpoints of one attempt. Every rank has one.
@@ -110,12 +112,17 @@ class Checkpointer:
         return None
 
     def _not_finite(self, position: Position) -> str | None:
+        when = f"step {position.step} (epoch {position.epoch + (position.batches > 0)})"
         # One pass: a sum is finite exactly when no element is nan or infinite (float64 cannot overflow on float32).
         for what, values in (("weight", self._exchange.parameters), ("running statistic", self._model.state)):
             if not np.isfinite(values.sum(dtype=np.float64)):
-                epoch = position.epoch + (position.batches > 0)
-                when = f"step {position.step} (epoch {epoch})"
                 return f"{when}: a {what} is no longer finite; lower the learning rate"
+        # A layer multiplies weights with what other weights have made: of this size the next product is infinite.
+        largest = max(self._exchange.parameters.max(), -self._exchange.parameters.min())  # makes no copy
+        if largest > ENORMOUS:
+            return (
+                f"{when}: a weight has become {largest:.3g}, whose square float32 cannot hold; lower the learning rate"
+            )
         return None
 
     def _checkpoint(self, position: Position, state: dict[str, np.ndarray]) -> Checkpoint:

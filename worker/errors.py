@@ -35,6 +35,18 @@ class ReplicaFault(Fault):
     """One replica of the model cannot go on, and the others do not know of it: it ends the job for all."""
 
 
+class UnreachableFault(Fault):
+    """The running job that was to be joined or followed cannot be reached."""
+
+    exit_code = ExitCode.UNREACHABLE
+
+
+class NotAllowedFault(Fault):
+    """The running job does not let us in."""
+
+    exit_code = ExitCode.NOT_ALLOWED
+
+
 class CheckpointFault(Fault):
     """A checkpoint or model file is missing, damaged, or of another model."""
 

@@ -12,6 +12,7 @@ from worker.data.batches import BatchReader
 from worker.data.preprocessing import Preprocessing
 from worker.data.sharding import share
 from worker.data.sources import Dataset
+from worker.data.stored_array import Progress, unwatched
 from worker.engine.model import Model
 from worker.measurements import finite_or_none
 from worker.metrics import MetricSums, Values
@@ -65,18 +66,18 @@ class Evaluator:
             self._pieces = -(-len(dataset) // self.capacity)
         self._reader = BatchReader(dataset, preprocessing, self.capacity)
 
-    def evaluate(self) -> Evaluation:
-        """Collective."""
+    def evaluate(self, progress: Progress = unwatched) -> Evaluation:
+        """Collective; `progress` is told that this rank goes on."""
         counted = MetricSums(self._metrics, self._model, self._dataset.targets)
         if self._pieces:
-            sums = self._sum_pieces(counted)
+            sums = self._sum_pieces(counted, progress)
         else:
-            sums = sum_over(self._model, self._reader, self._low, self._high, counted)
+            sums = sum_over(self._model, self._reader, self._low, self._high, counted, progress)
             self._world.sum(sums)
         self._world.sum(counted.sums)
         return conclude(sums, len(self._dataset), counted)
 
-    def _sum_pieces(self, counted: MetricSums) -> np.ndarray:
+    def _sum_pieces(self, counted: MetricSums, progress: Progress) -> np.ndarray:
         """[loss, correct] over all ranks' samples, with the same bits on any number of ranks.
 
         A piece's sums are its row of a table that is 0 elsewhere, so adding up the ranks' tables rounds nothing.
@@ -85,16 +86,19 @@ class Evaluator:
         for piece in range(*share(0, self._pieces, self._world.rank, self._world.size)):
             low = piece * self.capacity
             high = min(low + self.capacity, len(self._dataset))
-            rows[piece] = sum_over(self._model, self._reader, low, high, counted)
+            rows[piece] = sum_over(self._model, self._reader, low, high, counted, progress)
         self._world.sum(rows)
         sums: np.ndarray = np.add.reduce(rows, axis=0)
         return sums
 
 
-def sum_over(model: Model, reader: BatchReader, low: int, high: int, counted: MetricSums) -> np.ndarray:
+def sum_over(
+    model: Model, reader: BatchReader, low: int, high: int, counted: MetricSums, progress: Progress = unwatched
+) -> np.ndarray:
     """[loss, correct] summed over the samples from `low` to `high`, in float64; the metrics' sums go to `counted`."""
     sums = np.zeros(2)
     for first in range(low, high, reader.capacity):
+        progress()
         features, targets = reader.take(np.arange(first, min(first + reader.capacity, high)))
         totals = model.forward(features, targets, observe=counted.add)
         sums += totals.loss, totals.correct

@@ -145,13 +145,16 @@ def make_report(
 
 def rank_report(rank: int, host: str, statistics: ExchangeStatistics) -> dict[str, Any]:
     """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
-    return {
+    report: dict[str, Any] = {
         "rank": rank,
         "host": host,
         "exchange_wait_seconds": statistics.wait_seconds,
         "sent_bytes": statistics.sent_bytes,
         "received_bytes": statistics.received_bytes,
     }
+    if statistics.servers is not None:
+        report |= statistics.servers._asdict()
+    return report
 
 
 def finite_or_none(value: float) -> float | None:

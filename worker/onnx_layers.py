@@ -1,7 +1,8 @@
 """The layers as ONNX nodes.
 
 Rules: `NODES` is the table from a layer's kind to the function that writes its nodes, as the layer acts in evaluation;
-a kind that has no ONNX form stands in `WITHOUT_FORM` with the reason instead. A new layer is a line in one of the two.
+a kind that has no ONNX form stands in `WITHOUT_FORM` with the reason instead. A layer in neither trains and predicts,
+and export says that nobody has written its form yet.
 Images stay (height, width, channels) at the edges of every layer, as in the engine; ONNX wants channels first, so
 convolution and pooling turn them there and back. The batch axis is copied from what comes in (0 in a Reshape) and never
 written down, so any number of samples will do, none included.

@@ -23,6 +23,7 @@ JOB = "job.yaml"
 METRICS = "metrics.jsonl"
 SUMMARY = "summary.json"
 CHECKPOINTS = "checkpoints"
+GUESTS = "guests.json"  # there while a job runs that takes guests
 
 TRAINING_MAY_CHANGE = (
     *("epochs", "keep_checkpoints", "checkpoint_seconds", "checkpoint_steps"),

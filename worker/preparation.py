@@ -7,7 +7,7 @@ tokens outside the vocabulary.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from protos import job_pb2
 from protos.environment import PARAMETERS_ALLOWED
@@ -16,10 +16,12 @@ from worker.data.preprocessing import Preprocessing, make_preprocessing
 from worker.data.sharding import steps_per_epoch
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
+from worker.data.stored_array import Progress, row_blocks, unwatched
 from worker.data.tokens import check_tokens
 from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.engine.model import Model
+from worker.engine.sample_shape import implies_channel
 from worker.errors import DataFault, ModelFault, UsageFault
 from worker.metrics import MetricSums
 
@@ -34,18 +36,28 @@ class Prepared:
     model: Model
     augmentation: Augmentation | None = None  # of the training samples
 
+    @property
+    def maps_data(self) -> bool:
+        """Some of the data is read from memory-mapped files."""
+        return self.train.is_mapped or (self.validation is not None and self.validation.is_mapped)
 
-def prepare(job: job_pb2.JobSpec) -> Prepared:
-    """Open the data and build the model.
+
+def prepare(job: job_pb2.JobSpec, progress: Progress = unwatched) -> Prepared:
+    """Open the data and build the model; `progress` is told that passes over the data go on.
 
     Raises:
         DataFault, ModelFault: naming the file, the row or the layer.
     """
     target_kind = TARGET_KIND[str(job.loss.WhichOneof("kind"))]
-    train = open_source(job.data.train, target_kind)
+    lone_channel = implies_channel(job.model)
+
+    def opened(source: job_pb2.Source) -> Dataset:
+        return replace(open_source(source, target_kind, progress), lone_channel=lone_channel)
+
+    train = opened(job.data.train)
     validation = None
     if job.data.HasField("validation"):
-        validation = open_source(job.data.validation, target_kind)
+        validation = opened(job.data.validation)
         if validation.sample_shape != train.sample_shape:
             raise DataFault(
                 f"{validation.place}: samples of shape {validation.sample_shape}, "
@@ -60,18 +72,24 @@ def prepare(job: job_pb2.JobSpec) -> Prepared:
             "metrics: are computed over validation samples, and there are none: "
             "give data.validation or data.validation_fraction"
         )
-    for dataset in (train, validation):
-        if dataset is not None:
-            model.check_targets(dataset.targets_to_check, dataset.place)
+    check_targets(model, train, progress)
+    if validation is not None and validation.targets is not train.targets:
+        check_targets(model, validation, progress)
     if validation is not None:
         MetricSums(job.metrics, model, validation.targets)  # refuses what does not fit the model
-    preprocessing = make_preprocessing(job.data, train)
+    preprocessing = make_preprocessing(job.data, train, progress)
     first_layer = model.layers[0].layer
     if isinstance(first_layer, Embedding):
         for dataset in (train, validation):
             if dataset is not None:
-                check_tokens(dataset, preprocessing, first_layer)
+                check_tokens(dataset, preprocessing, first_layer, progress)
     return Prepared(train, validation, preprocessing, model, augmentation)
+
+
+def check_targets(model: Model, dataset: Dataset, progress: Progress = unwatched) -> None:
+    """DataFault naming the first target that cannot belong to the model's outputs; reads a few megabytes at a time."""
+    for first, block in row_blocks(dataset.targets, progress):
+        model.check_targets(block, dataset.place, first)
 
 
 def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> None:
@@ -79,7 +97,8 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
 
     Raises:
         ModelFault: naming a layer that so few samples cannot train.
-        UsageFault: there are local steps, and ranks that would have nothing to take them on.
+        UsageFault: there are local steps, and ranks that would have nothing to take them on; or guests may come, who
+            would not know all of the model.
     """
     samples = len(prepared.train)
     batch = min(job.training.batch_size or samples, samples)
@@ -87,6 +106,11 @@ def check_shares(prepared: Prepared, job: job_pb2.JobSpec, world_size: int) -> N
         raise UsageFault(
             f"sync.local: a batch of {batch} leaves some of the {world_size} ranks without a sample to take their own "
             "steps on; raise training.batch_size or take fewer workers"
+        )
+    if job.sync.parameter_server.guests and prepared.model.state_count:
+        raise UsageFault(
+            "sync.parameter_server.guests: true beside running statistics (batch_norm), which guests do not know: "
+            "take layer_norm, or no guests"
         )
     shards = job.training.virtual_shards if job.training.reproducible else 0
     share = -(-batch // (shards or world_size))

@@ -26,7 +26,9 @@ from worker.coordinator_client import connect
 from worker.data.stores import fetch_all, local_path
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
+from worker.invitation import leave_invitation
 from worker.measurements import Position, from_plain, validation_losses
+from worker.memory import MemoryPeak
 from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, check_size, prepare, remark
 from worker.reporter import Reporter
@@ -50,6 +52,7 @@ def run_job(
     say: Callable[[str], None],
     watchdog: Watchdog,
     stop: StopRequest,
+    memory: MemoryPeak,
 ) -> ExitCode:
     """Train `job` and leave the output in `folder`, or a checkpoint where a rank is told to `stop`. Collective.
 
@@ -65,7 +68,7 @@ def run_job(
     """
     world.agree(lambda: fetch_all(job, lambda: watchdog.doing("fetching the data")))
     watchdog.doing("opening the data")
-    prepared = world.agree(lambda: prepare(job))
+    prepared = world.agree(lambda: prepare(job, lambda: watchdog.doing("opening the data")))
     world.agree(lambda: check_size(prepared, os.environ))
     world.agree(lambda: check_shares(prepared, job, world.size))
     shards = job.training.virtual_shards
@@ -85,6 +88,10 @@ def run_job(
     exchange = open_exchange(world, job, prepared.model, found, resume, initial)
     if exchange.note:
         say(exchange.note)
+    invitation: Path | None = None
+    if exchange.invitation is not None and world.rank == 0:
+        invitation = leave_invitation(folder, exchange.invitation)
+        say(f"guests may come: paceline-worker join {exchange.invitation.address} --token-file {invitation}")
     if remarkable := remark(prepared, job):
         say(remarkable)
 
@@ -126,7 +133,7 @@ def run_job(
         if nothing_done:
             say(f"nothing was left to do: the run has done its {start.epoch} epochs; ask for more with training.epochs")
         averages = job.training.HasField("average") and not result.interrupted
-        peaks = world.gather_everywhere(peak_memory_bytes())
+        peaks = world.gather_everywhere(memory.bytes(prepared.maps_data))
         state = exchange.gather_state() if averages else {}
         if world.rank == 0 and not result.interrupted and not (nothing_done and output_folder.is_finished(folder)):
             if best is None or best.weights is None:
@@ -143,7 +150,7 @@ def run_job(
                 say(costs)
             write_atomically(folder / output_folder.SUMMARY, json.dumps(summary, indent=2).encode() + b"\n")
     except TrainingFault as fault:
-        # Every rank saw the same totals, so every rank is here.
+        # Every rank took the step and saw the same totals, so every rank is here.
         kept = checkpointer.settle_after_fault() or "no checkpoint was written yet"
         if world.rank == 0 and output_folder.has_checkpoint(folder):
             kept = f"the last good checkpoint is kept in {folder / output_folder.CHECKPOINTS}"
@@ -153,6 +160,8 @@ def run_job(
             reporter.close()
         if client:
             client.close()
+        if invitation:
+            invitation.unlink(missing_ok=True)
     world.agree(lambda: None)  # nobody leaves before rank 0 has written everything
     exchange.close()
     return ExitCode.INTERRUPTED if result.interrupted else ExitCode.DONE
@@ -190,14 +199,6 @@ def summarize(
         "peak_memory_bytes": peak_bytes,
     }
     return {name: value for name, value in summary.items() if value is not None}
-
-
-def peak_memory_bytes() -> int:
-    """The most memory this process has held at once, shared pages it touched included.
-
-    From Linux's VmHWM: getrusage's ru_maxrss keeps what the parent process held when it started this one.
-    """
-    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]) * 1024
 
 
 def _open_folder(

@@ -105,7 +105,7 @@ def open_accumulator(
     accumulator = Accumulator(
         model, exchange.gradient, -(-batch_size // world.size), training.micro_batch, exchange.finished
     )
-    return accumulator, lambda first, last: share(first, last, world.rank, world.size)
+    return accumulator, lambda first, last: share(first, last, world.rank, world.size + exchange.guests)
 
 
 def shard_samples(batch_size: int, shards: int) -> int:

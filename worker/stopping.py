@@ -1,7 +1,7 @@
-"""When training ends and which epoch's weights are kept: decided by the validation losses of the epochs so far.
+"""When training ends and which epoch's weights are kept: decided by the losses so far.
 
-Rules: pure. The losses are the same on every rank and ride in the checkpoint, so every rank decides alike and a resumed
-run as an uninterrupted one.
+Rules: pure. The validation losses are the same on every rank and ride in the checkpoint, so every rank decides alike
+and a resumed run as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -10,6 +10,18 @@ import math
 from typing import Any
 
 from protos import job_pb2
+
+DIVERGED = 1e6  # times the loss of the first step, or times 1: what no training comes back from
+
+
+def bound_of_loss(first_loss: float) -> float:
+    """What a step's loss must not exceed, by that of the first step."""
+    return DIVERGED * max(first_loss, 1.0)
+
+
+def has_diverged(loss: float, bound: float) -> bool:
+    """Whether training cannot come back from this loss of a step: it is beyond the bound, or not finite."""
+    return not (math.isfinite(loss) and loss <= bound)
 
 
 def why_stop(training: job_pb2.Training, losses: tuple[float, ...]) -> str | None:

@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from time import perf_counter, time
 from typing import Any
 
@@ -24,19 +25,18 @@ from protos import job_pb2
 from worker.data.ahead import open_reader
 from worker.data.sharding import batch_bounds, sample_order, steps_per_epoch
 from worker.engine.layers.layer import Moment
-from worker.errors import TrainingFault
+from worker.errors import ReplicaFault, TrainingFault
 from worker.evaluation import Evaluator
 from worker.measurements import Meter, Position, SteadyRate, make_report, rank_report, validation_losses
 from worker.optimizers import base_learning_rate
 from worker.preparation import Prepared
 from worker.schedules import make_schedule
 from worker.sharded_accumulation import open_accumulator
-from worker.stopping import why_stop
+from worker.stopping import bound_of_loss, has_diverged, why_stop
 from worker.sync.exchange import TOTALS, Exchange
 from worker.sync.world import World
 from worker.update import AVERAGE
 
-DIVERGED = 1e6  # times the loss of the first step, or times 1: what no training comes back from
 REPORT_SECONDS = 0.5  # between two reports within an epoch
 
 
@@ -72,7 +72,7 @@ def train(
 
     Raises:
         TrainingFault: on every rank alike, when the loss is no longer finite; names the step.
-        ReplicaFault: on one rank alone, likewise, where the others do not know of it.
+        ReplicaFault: on one rank alone, likewise, where the others are at other steps and do not know of it.
     """
     began = perf_counter()
     model, seed, epochs = prepared.model, job.training.seed, job.training.epochs
@@ -152,9 +152,10 @@ def train(
 
             loss, correct, reports_due, checkpoints_due, stops = exchange.totals[: len(TOTALS)].tolist()
             mean_loss = loss / counted
-            highest_loss = highest_loss or DIVERGED * max(mean_loss, 1.0)
-            if not mean_loss <= highest_loss:  # nan is not
-                raise TrainingFault(
+            if not highest_loss:
+                highest_loss = bound_of_loss(mean_loss if exchange.first_loss is None else exchange.first_loss)
+            if has_diverged(mean_loss, highest_loss):
+                raise (TrainingFault if exchange.in_step else ReplicaFault)(
                     f"step {step} (epoch {epoch + 1}): the loss is {mean_loss:g}; "
                     f"lower the learning rate ({learning_rate:g}) or scale the features"
                 )
@@ -177,10 +178,11 @@ def train(
 
         train_loss = epoch_meter.mean_loss()
         if evaluator is not None:
-            observers.doing(f"evaluating after epoch {epoch + 1}")
+            evaluating = f"evaluating after epoch {epoch + 1}"
+            observers.doing(evaluating)
             world.beat.phase("evaluate")
             with exchange.showing(AVERAGE) if averaged else nullcontext():
-                evaluation = evaluator.evaluate()
+                evaluation = evaluator.evaluate(partial(observers.doing, evaluating))
             if not math.isfinite(evaluation.loss):
                 raise TrainingFault(
                     f"step {step} (end of epoch {epoch + 1}): the validation loss is {evaluation.loss:g}; look for "

@@ -7,6 +7,7 @@ import math
 import os
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -20,6 +21,8 @@ from worker.data.sources import open_features, open_source
 from worker.data.split import hold_out
 from worker.data.stores import local_path
 from worker.data.text import read_windows
+from worker.data.tokens import check_batch, check_tokens
+from worker.engine.layers.embedding import Embedding
 from worker.engine.losses import TARGET_KIND
 from worker.errors import DataFault, OutputFault, UsageFault
 from worker.evaluation import conclude, samples_at_once, sum_over
@@ -27,6 +30,7 @@ from worker.metrics import MetricSums
 from worker.model_file import TrainedModel, read_model
 from worker.output_folder import check_outside_run
 from worker.predictions import choose_writer
+from worker.preparation import check_targets
 
 OUTPUT_REMEDY: Final = "name another file with -o"
 ARRAY_ENDINGS: Final = (".npy", ".npz", ".csv", ".parquet")  # hold tokens as an array, also for a model of text
@@ -53,8 +57,12 @@ def evaluate_folder(folder: Path, job_path: Path, as_json: bool) -> None:
         if job.data.validation_fraction > 0:
             _, dataset = hold_out(dataset, job.data.validation_fraction, job.training.seed)
             name = "validation"
+    dataset = replace(dataset, lone_channel=len(trained.model.sample_shape) != dataset.features.ndim - 1)
     _check_shape(trained, dataset.sample_shape, dataset.place)
-    trained.model.check_targets(dataset.targets_to_check, dataset.place)
+    check_targets(trained.model, dataset)
+    first_layer = trained.model.layers[0].layer
+    if isinstance(first_layer, Embedding):
+        check_tokens(dataset, trained.preprocessing, first_layer)
 
     reader = BatchReader(dataset, trained.preprocessing, samples_at_once(trained.model, len(dataset)))
     trained.model.reserve(reader.capacity)
@@ -108,8 +116,10 @@ def predict_file(folder: Path, place: str | Path, output_path: Path | None, form
 def _open_input(trained: TrainedModel, path: Path) -> np.ndarray:
     """The features of the samples in the file: an array, or the bytes of a text where the model was trained on text."""
     source = trained.job.data.train
-    if source.WhichOneof("kind") != "text" or path.suffix.lower() in ARRAY_ENDINGS:
-        return open_features(str(path))
+    kind = str(source.WhichOneof("kind"))
+    if kind != "text" or path.suffix.lower() in ARRAY_ENDINGS:
+        # A table may still hold what the model was trained to say.
+        return open_features(str(path), getattr(getattr(source, kind, None), "target", ""))
     windows, rest = read_windows(str(path), source.text.context)
     if rest:
         said = f"the last {rest} bytes fill no window of {source.text.context} bytes and are left out"
@@ -121,21 +131,23 @@ def _outputs(trained: TrainedModel, features: np.ndarray, shape: tuple[int, ...]
     """The model's outputs (n, *output_shape), a batch at a time."""
     at_once = samples_at_once(trained.model, len(features))
     trained.model.reserve(at_once)
+    first_layer = trained.model.layers[0].layer
     converted = np.empty((at_once, *shape), np.float32)
     for first in range(0, len(features), at_once):
         raw = features[first : first + at_once].reshape(-1, *shape)
         trained.preprocessing.apply(raw, converted[: len(raw)])
-        try:
-            outputs = trained.model.outputs(converted[: len(raw)])
-        except DataFault as fault:
-            raise DataFault(f"{place}: among samples {first} to {first + len(raw) - 1}: {fault}") from None
-        yield outputs
+        if isinstance(first_layer, Embedding):
+            check_batch(converted[: len(raw)], np.arange(first, first + len(raw)), first_layer, place)
+        yield trained.model.outputs(converted[: len(raw)])
 
 
 def _check_shape(trained: TrainedModel, shape: tuple[int, ...], place: str) -> None:
     needed = trained.model.sample_shape
     if tuple(shape) != tuple(needed):
-        raise DataFault(f"{place}: samples have shape {tuple(shape)}, and the model was trained on {tuple(needed)}")
+        hint = ": leave out what is no feature, such as the target" if math.prod(shape) > math.prod(needed) else ""
+        raise DataFault(
+            f"{place}: samples have shape {tuple(shape)}, and the model was trained on {tuple(needed)}{hint}"
+        )
 
 
 def _evaluation_text(result: dict[str, Any], metrics: dict[str, Any]) -> str:

@@ -18,13 +18,19 @@ class Watchdog:
         limit_seconds: how long one activity may take (`limits.stall_seconds`).
         on_stall: called once, from the watching thread, with a sentence; it is expected to end the process.
         on_look: called from that thread each time it looks, which the process does as long as it runs at all.
+        is_alone: there is no other rank that this one could wait for.
     """
 
     def __init__(
-        self, limit_seconds: float, on_stall: Callable[[str], None], on_look: Callable[[], None] = lambda: None
+        self,
+        limit_seconds: float,
+        on_stall: Callable[[str], None],
+        on_look: Callable[[], None] = lambda: None,
+        is_alone: bool = False,
     ) -> None:
         self._limit_seconds = limit_seconds
         self._on_look = on_look
+        self._is_alone = is_alone
         self._on_stall = on_stall
         self._doing = "starting"
         self._least_seconds = 0.0
@@ -54,10 +60,10 @@ class Watchdog:
             looked = now
             stuck_seconds = now - self._since
             if stuck_seconds > max(self._limit_seconds, self._least_seconds):
-                self._on_stall(
-                    f"no progress for {stuck_seconds:.0f} s while {self._doing}; another rank is stuck or gone, "
-                    f"or limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
-                )
+                limit = f"limits.stall_seconds ({self._limit_seconds:g}) is too short for this job"
+                if not self._is_alone:
+                    limit = f"another rank is stuck or gone, or {limit}"
+                self._on_stall(f"no progress for {stuck_seconds:.0f} s while {self._doing}; {limit}")
                 return
 
 

@@ -26,7 +26,7 @@ import numpy as np
 from protos import job_pb2
 from worker.server.process import Part, serve_parameters
 from worker.sync.parameter_server import ParameterServerExchange
-from worker.sync.server_exchange import shard_parts
+from worker.sync.server_opening import shard_parts
 
 CHUNK_BYTES = 1 << 20
 ECHO = "/echo/Echo"

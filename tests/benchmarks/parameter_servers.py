@@ -24,7 +24,7 @@ from tests.benchmarks.section import Section, Setting
 from tests.benchmarks.spread import ratio_spread, spread
 from tests.benchmarks.table import Table, format_spread
 from worker.checkpoint import Checkpoint, write_checkpoint
-from worker.sync.server_exchange import shard_parts
+from worker.sync.server_opening import shard_parts
 
 PROGRAM = "tests.benchmarks.parameter_server_program"
 SIZES = {"0.4 MB": 100_000, "2.1 MB": 535_818, "23.3 MB": 5_824_522}  # parameters of the three dense networks

@@ -4,6 +4,7 @@ Arguments: where (never, push, apply, answer or pull), a file whose presence say
 `paceline-worker`.
 """
 
+import contextlib
 import functools
 import os
 import signal
@@ -34,9 +35,10 @@ def die_at_the_second(is_one: Callable[..., bool], work: Callable[..., Any]) -> 
         global seen
         result = work(*arguments)
         seen += is_one(*arguments)
-        if seen == 2 and not mark.exists():
-            mark.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
+        if seen == 2:
+            with contextlib.suppress(FileExistsError):  # of several servers one alone makes the file
+                mark.touch(exist_ok=False)
+                os.kill(os.getpid(), signal.SIGKILL)
         return result
 
     return wrapped

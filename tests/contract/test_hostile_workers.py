@@ -219,7 +219,7 @@ STRANGERS = {
         call_of(joining(layout_digest="cd" * 32)), Code.FAILED_PRECONDITION, "and layout cdcdcdcdcdcd, the parameter",
     ),
     "a number too high": (call_of(joining(worker=2)), Code.INVALID_ARGUMENT, "worker 2 does not exist: there are 2"),
-    "a negative number": (call_of(joining(worker=-1)), Code.INVALID_ARGUMENT, "worker -1 does not exist"),
+    "a negative number": (call_of(joining(worker=-2)), Code.INVALID_ARGUMENT, "worker -2 does not exist"),
     "a stream of a number too high": (stream_of(hello(2)), Code.INVALID_ARGUMENT, "worker 2 does not exist"),
     "a number used twice": (
         stream_of(hello(1)), Code.FAILED_PRECONDITION, "worker 1 has a stream already: two processes have the same",

@@ -276,6 +276,9 @@ def test_five_faults_are_reported_at_once_each_with_its_path() -> None:
     [
         ("nmae: x", "nmae: is unknown; known here: name, data, model, .*; did you mean name?"),
         ("batchSize: 3", "batchSize: is unknown; known here: .*"),
+        ("metrics: [accuracy]", "metrics[0]: 'accuracy' is not one of: .*; it is always reported beside the loss: .*"),
+        ("metrics: [rmse]", "metrics[0]: 'rmse' is not one of: .*; did you mean root_mean_squared_error?"),
+        ("metrics: [{rmse: {}}]", "metrics[0].rmse: is unknown; .*; did you mean root_mean_squared_error?"),
         ("optimizer: adm", "optimizer: 'adm' is not one of: sgd, .*, lamb; did you mean adam?"),
         ("optimizer: {adm: {}}", "optimizer.adm: is unknown; known here: sgd, .*; did you mean adam?"),
         ("optimizer: [adam]", "optimizer: holds a list where a mapping of these is expected: sgd, .*"),

@@ -304,6 +304,27 @@ def test_reproducible_does_not_go_with_sums_in_the_middle_of_a_step() -> None:
     ]
 
 
+def test_reproducible_does_not_go_with_guests() -> None:
+    spec = valid()
+    spec.training.reproducible = True
+    spec.sync.parameter_server.guests = True
+    assert faults(spec) == [
+        "sync.parameter_server.guests: shares a batch with whoever comes, "
+        "which `training.reproducible` rules out; remove one of the two"
+    ]
+
+
+def test_guests_do_not_go_with_answers_that_say_how_weights_move() -> None:
+    spec = valid()
+    spec.sync.parameter_server.guests = True
+    assert faults(spec) == []
+    spec.sync.parameter_server.wire_format.int8.SetInParent()
+    assert faults(spec) == [
+        "sync.parameter_server.guests: true is given beside wire_format: int8, whose answers only those can read that "
+        "hold the weights before; take float32 or no guests"
+    ]
+
+
 def test_virtual_shards_are_those_of_a_reproducible_job() -> None:
     spec = valid()
     spec.training.virtual_shards = 4

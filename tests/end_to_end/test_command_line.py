@@ -109,6 +109,18 @@ def test_run_goes_on_where_it_stopped_and_evaluate_agrees(folder):
     assert said["accuracy"] == pytest.approx(last["summary"]["validation_accuracy"])
 
 
+def test_run_says_at_its_start_what_became_of_the_initial_weights(folder):
+    short = ("--set", "training.epochs=1")
+    assert paceline(folder, "run", "job.yaml", "-o", "first", *short).returncode == 0
+    initial = ("--set", "initialize_from=first/model.safetensors")
+    done = paceline(folder, "run", "job.yaml", "-o", "second", *short, *initial)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    said = [number for number, line in enumerate(lines) if line.startswith("initialize_from: ")]
+    assert "parameters taken from" in lines[said[0]]
+    assert said[-1] < next(number for number, line in enumerate(lines) if line.startswith("epoch 1/1"))
+
+
 def test_more_workers_than_cores_run_after_a_warning(folder):
     count = len(os.sched_getaffinity(0)) + 1
     done = paceline(folder, "run", "job.yaml", "-n", str(count), "-o", "out", "--set", "training.epochs=1")

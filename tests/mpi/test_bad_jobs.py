@@ -26,6 +26,10 @@ CASES = {
         {"model": [{"dense": {"units": 8}}, {"conv2d": {"filters": 4, "kernel": 3}}, DENSE]},
         *(FAILED, "model[1].conv2d: got samples of shape (8,), needs images (height, width, channels)"),
     ),
+    "guests of running statistics": (
+        {"model": [{"dense": {"units": 8}}, "batch_norm", DENSE], "sync": {"parameter_server": {"guests": True}}},
+        *(BAD_JOB, "sync.parameter_server.guests: true beside running statistics (batch_norm), which guests do not"),
+    ),
     "kernel larger than its image": (
         {"model": [{"conv2d": {"filters": 4, "kernel": 9}}, DENSE]},
         *(FAILED, "model[0].conv2d: kernel: 9 x 9 is larger than its image, got samples of shape (8, 8, 1); needs at"),

@@ -1,6 +1,7 @@
 """`paceline-worker train` with local steps: what is left when replicas meet now and then, are killed, or diverge."""
 
 import json
+import re
 import signal
 import time
 from pathlib import Path
@@ -150,6 +151,19 @@ def test_a_divergence_seen_at_a_meeting_is_everybodys(run_ranks, data, tmp_path,
     errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1, done.stderr
     assert "step 2 (epoch 1): the loss is" in errors[0]
+
+
+@pytest.mark.parametrize("steps", [2, 5, 100])
+def test_a_loss_is_held_against_the_first_steps_also_where_that_is_not_reported(run_ranks, data, tmp_path, steps):
+    """Finite and enormous, and what is first counted is a mean over steps that have diverged already."""
+    job = local_job(tmp_path, data, {"local": {"steps": steps, "replica": "rank"}}, "sgd")
+    job.write_text(job.read_text().replace(str(LEARNING_RATE), "1e8"))
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 1, done.stdout
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert errors, done.stderr
+    assert all(re.search(r"step 2.*: the loss .*is [\d.]+e\+\d+", line) for line in errors), errors
+    assert not list((tmp_path / "out").glob("checkpoints/*"))
 
 
 def test_more_steps_than_an_epoch_has_are_remarked_on(run_ranks, data, tmp_path) -> None:

@@ -1,12 +1,14 @@
 """`paceline-worker train` under mpirun: the same result on any number of ranks, by either exchange, resumed or not."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, train, write_data, write_job
+from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, summary, train, write_data, write_job
+from worker.data.sharding import sample_order
 
 RANKS = (2, 3, 5)
 
@@ -141,6 +143,51 @@ def test_an_infinite_validation_loss_stops_the_run_and_keeps_the_checkpoint_befo
     assert "Infinity" not in (tmp_path / "out" / "metrics.jsonl").read_text()
 
 
+MODES = ["asynchronous", {"bounded_staleness": {"steps": 2}}]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_that_diverges_at_a_step_of_its_own_says_so_itself(run_ranks, data, tmp_path, mode) -> None:
+    """The others are at other steps, so that it cannot be left to rank 0."""
+    job = write_job(tmp_path, data, "sgd", {"parameter_server": {"mode": mode}})
+    wild = "optimizer.sgd.learning_rate=1e8"
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", "--set", wild])
+    assert done.returncode == 1
+    assert re.search(r"^error: rank [01] of 2 on \S+: step \d+ \(epoch 1\): the loss is ", done.stderr, re.MULTILINE)
+    assert "no progress" not in done.stderr
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_rank_whose_gradient_a_server_refuses_says_so_itself(run_ranks, tmp_path, mode) -> None:
+    samples = 40
+    features = np.random.default_rng(1).standard_normal((samples, 4)).astype(np.float32)
+    features[sample_order(3, 0, samples)[-1]] = 1e30  # in the last rank's share
+    np.savez(tmp_path / "huge.npz", x=features, y=np.zeros((samples, 2)))
+    job = write_job(
+        *(tmp_path, tmp_path / "huge.npz", "sgd", {"parameter_server": {"mode": mode}}),
+        training={"batch_size": 0},
+        model=[{"dense": {"units": 2}}],
+        loss="mean_squared_error",
+    )
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": {"train": {"npz": {"path": "huge.npz"}}}}))
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
+    assert done.returncode == 1
+    # Rank 1, or rank 0 of it where the server's word to the other worker is faster.
+    said = r"^error: rank [01] of 2 on \S+: parameter server \S+, step \d+: worker 1 of 2"
+    assert re.search(said, done.stderr, re.MULTILINE), done.stderr
+    assert "no progress" not in done.stderr
+
+
+def test_weights_that_are_finite_and_enormous_end_the_run_where_no_later_loss_shows_them(run_ranks, data, tmp_path):
+    job = write_job(tmp_path, data, training={"epochs": 1, "batch_size": 0})
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": {"train": {"npz": {"path": str(data)}}}}))
+    wild = ("--set", "optimizer.adam.learning_rate=1e30")
+    done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out", *wild])
+    assert done.returncode == 1
+    assert re.search(r"step 1 \(epoch 1\): a weight has become 1e\+30, whose square float32 cannot hold", done.stderr)
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
 def test_a_run_that_failed_before_its_first_checkpoint_is_started_anew_in_its_folder(run_ranks, data, tmp_path) -> None:
     job = write_job(tmp_path, data, "sgd", training={"epochs": 1})
     wild = [job, "-o", tmp_path / "out", "--set", "optimizer.sgd.learning_rate=1e38"]
@@ -166,3 +213,32 @@ def test_metrics_are_the_same_on_any_number_of_ranks_and_in_evaluate(run_ranks, 
         assert line["validation_metrics"] == expected
     said = run_ranks(1, ["-m", "worker", "evaluate", tmp_path / "3", job, "--format", "json"])
     assert json.loads(said.stdout)["metrics"] == expected
+
+
+def test_sequences_of_numbers_train_resume_evaluate_predict_and_export(run_ranks, tmp_path) -> None:
+    """Stored as (n, time, features): no channel is made up for them."""
+    random = np.random.default_rng(5)
+    steps = random.standard_normal((200, 10, 8)).astype(np.float32)
+    np.savez(tmp_path / "steps.npz", x=steps, y=(steps[:, :, 0].sum(axis=1) > 0).astype(np.int64))
+    job = write_job(
+        *(tmp_path, tmp_path / "steps.npz"),
+        training={"epochs": 4},
+        model=["positions", "layer_norm", {"attention": {"heads": 2}}, "relu", {"dense": {"units": 2}}],
+    )
+    output = tmp_path / "out"
+    whole = train(run_ranks, 1, job, tmp_path / "whole")
+    train(run_ranks, 2, job, output, "--set", "training.epochs=2")
+    assert_close(train(run_ranks, 2, job, output, "--resume"), whole)
+    evaluated = run_ranks(1, ["-m", "worker", "evaluate", output, job, "--format", "json"])
+    assert json.loads(evaluated.stdout)["loss"] == pytest.approx(summary(output)["validation_loss"], rel=1e-5)
+    np.save(tmp_path / "x.npy", steps[:3])
+    said = run_ranks(1, ["-m", "worker", "predict", output, tmp_path / "x.npy", "--format", "jsonl"])
+    assert said.stdout.count("\n") == 3, said.stderr
+    flipped = {"train": {"npz": {"path": "steps.npz"}}, "augment": {"flip": "vertical"}}
+    job.write_text(json.dumps(json.loads(job.read_text()) | {"data": flipped}))
+    assert train(run_ranks, 2, job, tmp_path / "flipped", "--set", "training.epochs=1").keys() == whole.keys()
+    onnx = pytest.importorskip("onnx")
+    exported = run_ranks(1, ["-m", "worker", "export", output, "--onnx", tmp_path / "model.onnx"])
+    assert exported.returncode == 0, exported.stderr
+    shape = onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert [size.dim_value for size in shape.dim[1:]] == [10, 8]

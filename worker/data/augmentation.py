@@ -58,12 +58,12 @@ def make_augmentation(data: job_pb2.Data, seed: int, sample_shape: tuple[int, ..
     what = Augmentation(seed, rows, columns, augment.shift, augment.crop)
     if what == Augmentation(seed):
         return None
-    if len(sample_shape) != 3:
+    if len(sample_shape) not in (2, 3):
         raise DataFault(
             f"{place}: data.augment changes images, but samples have shape {sample_shape}; "
             "remove it or give samples (height, width) or (height, width, channels)"
         )
-    height, width, _ = sample_shape
+    height, width = sample_shape[:2]
     for name in ("shift", "crop"):
         pixels = getattr(what, name)
         if pixels >= min(height, width):

@@ -5,6 +5,7 @@ value is read; then the file is read in batches into one array, so that memory h
 that fit in a byte are kept in one.
 """
 
+from collections.abc import Callable, Sequence
 from importlib import import_module
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from numpy.typing import NDArray
 
 from worker.data.files import opened, size_of
 from worker.data.stored_array import Index, StoredArray
-from worker.data.table import target_position
+from worker.data.table import feature_positions, target_position
 from worker.errors import DataFault
 
 MAGIC = b"PAR1"  # at both ends of the file
@@ -30,25 +31,29 @@ class _Column(NamedTuple):
 
 def read_parquet(path: str, target: str) -> tuple[StoredArray, StoredArray]:
     """(features, targets): every column but `target` in order, and that one; DataFault if that cannot be had."""
-    arrays = _read(path, target)
+
+    def features_and_target(names: Sequence[str]) -> list[list[int]]:
+        at = target_position(path, names, target)
+        return [[position for position in range(len(names)) if position != at], [at]]
+
+    arrays = _read(path, features_and_target)
     return arrays[0], arrays[1]
 
 
-def read_parquet_features(path: str) -> StoredArray:
-    """Every column as a feature."""
-    return _read(path, None)[0]
+def read_parquet_features(path: str, target: str = "") -> StoredArray:
+    """Every column as a feature, but for those of the name `target` beside others."""
+    return _read(path, lambda names: [feature_positions(names, target)])[0]
 
 
-def _read(path: str, target: str | None) -> list[StoredArray]:
+def _read(path: str, grouped: Callable[[Sequence[str]], list[list[int]]]) -> list[StoredArray]:
+    """An array for each group of columns that `grouped` makes of their names."""
     size_of(path)
     _check_magic(path)
     pyarrow, parquet = _pyarrow(path)
     try:
         with parquet.ParquetFile(path) as file:
             columns = _columns(path, pyarrow, file.schema_arrow)
-            at = None if target is None else target_position(path, [column.name for column in columns], target)
-            groups = [[i for i in range(len(columns)) if i != at], *([] if at is None else [[at]])]
-            return _read_groups(path, file, columns, groups)
+            return _read_groups(path, file, columns, grouped([column.name for column in columns]))
     except MemoryError:  # pyarrow's own is one of its exceptions too
         raise
     except (pyarrow.ArrowException, OSError, EOFError) as error:

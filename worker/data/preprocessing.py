@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from protos import job_pb2
 from worker.data.sources import Dataset
-from worker.data.stored_array import BLOCK_BYTES
+from worker.data.stored_array import BLOCK_BYTES, Progress, unwatched
 from worker.errors import CheckpointFault, DataFault
 
 
@@ -87,15 +87,17 @@ class Preprocessing:
             ) from None
 
 
-def make_preprocessing(data: job_pb2.Data, train: Dataset) -> Preprocessing:
+def make_preprocessing(data: job_pb2.Data, train: Dataset, progress: Progress = unwatched) -> Preprocessing:
     """What the job asks for; with `standardize`, mean and deviation are taken over `train`, every rank alike."""
     if not data.standardize:
         return Preprocessing(scale=data.scale if data.HasField("scale") else 1.0)
-    mean, deviation = mean_and_deviation(train)
+    mean, deviation = mean_and_deviation(train, progress)
     return Preprocessing(mean=tuple(mean.tolist()), deviation=tuple(deviation.tolist()))
 
 
-def mean_and_deviation(dataset: Dataset) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+def mean_and_deviation(
+    dataset: Dataset, progress: Progress = unwatched
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Of each feature over the samples, float64 (k,) each; the deviation is the population's, and 1 where it is 0.
 
     Two sets of n and b samples with means p and q and sums of squared deviations S and T have together
@@ -105,6 +107,7 @@ def mean_and_deviation(dataset: Dataset) -> tuple[NDArray[np.float64], NDArray[n
     count, width = 0, math.prod(dataset.features.shape[1:])
     mean, squares = np.zeros(width), np.zeros(width)
     for block in _sample_blocks(dataset):
+        progress()
         added = len(block)
         block_mean = block.mean(axis=0)
         block -= block_mean

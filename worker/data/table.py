@@ -29,10 +29,15 @@ def read_csv(path: str, target: str) -> tuple[StoredArray, StoredArray]:
     return _columns(path, names, values, others), _columns(path, names, values, [position])
 
 
-def read_csv_features(path: str) -> StoredArray:
-    """Every column as a feature."""
+def read_csv_features(path: str, target: str = "") -> StoredArray:
+    """Every column as a feature, but for those of the name `target` beside others."""
     names, values = _read(path)
-    return _columns(path, names, values, range(len(names)))
+    return _columns(path, names, values, feature_positions(names, target))
+
+
+def feature_positions(names: Sequence[str], target: str) -> list[int]:
+    """Which of the columns are features to a model that was trained to say `target`."""
+    return [position for position, name in enumerate(names) if name != target] or list(range(len(names)))
 
 
 def target_position(path: str, names: Sequence[str], target: str) -> int:

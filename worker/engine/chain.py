@@ -7,13 +7,22 @@ follow each other in layer order under names such as `0.dense.weight`.
 import math
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.initializers import TRANSPARENT
-from worker.engine.layers.layer import Finished, Layer, Moment, Reduce, StatefulLayer, Sums, VaryingLayer
+from worker.engine.layers.layer import (
+    Finished,
+    Layer,
+    Moment,
+    Reduce,
+    StatefulLayer,
+    Sums,
+    Takes,
+    VaryingLayer,
+    traits_of,
+)
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.engine.run_order import run_order
 from worker.errors import ModelFault
@@ -21,19 +30,6 @@ from worker.errors import ModelFault
 if TYPE_CHECKING:
     from worker.engine.layers.batch_norm import BatchNorm
     from worker.engine.layers.residual import Residual
-
-
-# The parameter of a layer that adds one number to each channel of its output.
-CHANNEL_BIAS: Final = {
-    "dense": "bias",
-    "conv2d": "bias",
-    "linear": "bias",
-    "layer_norm": "bias",
-    "batch_norm": "bias",
-    "attention": "out_bias",
-}
-# What hands a number added to a whole channel on as it is.
-KEEPS_BIAS: Final = frozenset({"max_pool2d", "average_pool2d", "global_average_pool", "flatten"})
 
 
 class NestedFault(ModelFault):
@@ -68,7 +64,7 @@ class Chain:
         # What the layers put out for one sample: about what their buffers hold, as a number to choose a batch by.
         self.values_per_sample = sum(_values_per_sample(placed.layer) for placed in self.layers)
         self.parameters: tuple[Parameter, ...] = tuple(
-            _within(placed, _follower(layers[index + 1 :]), parameter)
+            _within(placed, _follower(self.layers[index + 1 :]), parameter)
             for index, placed in enumerate(self.layers)
             for parameter in placed.layer.parameters
         )
@@ -210,8 +206,8 @@ class Chain:
             place = f"{self._place}[{index}]"
             if kind not in LAYERS:
                 raise self._fault_type(f"{place}: names none of {', '.join(LAYERS)}")
-            if kind == "embedding" and (nested or index > 0):
-                raise self._fault_type(f"{place}.embedding: takes tokens, so it must be the first layer of the model")
+            if traits_of(LAYERS[kind]).takes is Takes.TOKENS and (nested or index > 0):
+                raise self._fault_type(f"{place}.{kind}: takes tokens, so it must be the first layer of the model")
             try:
                 layer = LAYERS[kind](getattr(message, kind), shape)
             except ModelFault as fault:
@@ -239,9 +235,11 @@ def _cancelled_biases(running: Sequence[Placed]) -> dict[str, tuple[int, "BatchN
 
     cancelled: dict[str, tuple[int, BatchNorm]] = {}
     for index, placed in enumerate(running):
-        behind = next((after.layer for after in running[index + 1 :] if after.kind not in KEEPS_BIAS), None)
-        if isinstance(behind, BatchNorm) and placed.kind in CHANNEL_BIAS:
-            cancelled[f"{placed.place}.{CHANNEL_BIAS[placed.kind]}"] = index, behind
+        layers = (after.layer for after in running[index + 1 :])
+        behind = next((layer for layer in layers if not traits_of(layer).keeps_channel_bias), None)
+        bias = traits_of(placed.layer).channel_bias
+        if isinstance(behind, BatchNorm) and bias:
+            cancelled[f"{placed.place}.{bias}"] = index, behind
     return cancelled
 
 
@@ -259,18 +257,18 @@ def _stateful(placed: Placed) -> StatefulLayer | None:
     return placed.layer if isinstance(placed.layer, StatefulLayer) and placed.layer.state else None
 
 
-def _follower(behind: Sequence[job_pb2.Layer]) -> job_pb2.Layer | None:
-    """The first layer behind that a parameter's values reach changed (see TRANSPARENT)."""
-    return next((layer for layer in behind if layer.WhichOneof("kind") not in TRANSPARENT), None)
+def _follower(behind: Sequence[Placed]) -> Layer | None:
+    """The first layer behind for which the size of a weight matters."""
+    return next((placed.layer for placed in behind if not traits_of(placed.layer).passes_scale), None)
 
 
-def _within(placed: Placed, behind: job_pb2.Layer | None, parameter: Parameter) -> Parameter:
+def _within(placed: Placed, behind: Layer | None, parameter: Parameter) -> Parameter:
     """A layer's parameter under its name in the chain, told what its initial values need to know of the layer behind.
 
     Within a residual layer its own chain has told it.
     """
     parameter = parameter._replace(name=f"{placed.place}.{parameter.name}")
-    if behind is None or placed.kind == "residual":
+    if isinstance(getattr(placed.layer, "inside", None), Chain):
         return parameter
-    kind = behind.WhichOneof("kind") or ""
-    return parameter._replace(following=kind, slope=behind.leaky_relu.alpha if kind == "leaky_relu" else 0.0)
+    traits = traits_of(behind)
+    return parameter._replace(is_rectified=traits.is_rectifier, slope=traits.slope)

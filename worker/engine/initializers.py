@@ -8,34 +8,23 @@ weight before it.
 
 import hashlib
 import math
-from typing import Final
 
 import numpy as np
 
 from worker.engine.params import FloatArray, Parameter
 
-# The smooth ones among them are drawn for as ReLU is, of which they are blunted forms.
-RECTIFIERS: Final = frozenset({"relu", "leaky_relu", "elu", "gelu", "silu"})
-# What may stand between weights and their rectifier: layers that only move, pick or average values, and a normalization
-# of each channel by itself, after which one size of weight is as good as another.
-TRANSPARENT: Final = frozenset(
-    {"max_pool2d", "average_pool2d", "global_average_pool", "flatten", "dropout", "batch_norm"}
-)
 
+def fill(values: FloatArray, parameter: Parameter, seed: int) -> None:
+    """Write the initial values of one parameter, under its full name ("0.dense.weight"), in place.
 
-def fill(values: FloatArray, parameter: Parameter, name: str, seed: int, following: str, slope: float = 0.0) -> None:
-    """Write the initial values of one parameter in place.
-
-    `name` is the full name ("0.dense.weight"), `following` the kind of the first layer behind that is not TRANSPARENT
-    ("" for none), `slope` that layer's slope for negative inputs. Values are drawn in float32 and then rounded to the
-    type of `values`.
+    Values are drawn in float32 and then rounded to the type of `values`.
     """
     if parameter.is_bias:
         values[...] = parameter.initial
-    elif following in RECTIFIERS:
-        values[...] = he_normal(parameter, generator(seed, name), slope)
+    elif parameter.is_rectified:
+        values[...] = he_normal(parameter, generator(seed, parameter.name))
     else:
-        values[...] = glorot_uniform(parameter, generator(seed, name))
+        values[...] = glorot_uniform(parameter, generator(seed, parameter.name))
 
 
 def generator(seed: int, name: str) -> np.random.Generator:
@@ -44,13 +33,13 @@ def generator(seed: int, name: str) -> np.random.Generator:
     return np.random.Generator(np.random.PCG64(np.random.SeedSequence([seed, int.from_bytes(digest[:16], "little")])))
 
 
-def he_normal(parameter: Parameter, random: np.random.Generator, slope: float) -> FloatArray:
+def he_normal(parameter: Parameter, random: np.random.Generator) -> FloatArray:
     """Normal with variance 2 / ((1 + slope^2) fan_in).
 
     A rectifier keeps (1 + slope^2)/2 of its input's second moment, and a sum over fan_in inputs multiplies it by
     fan_in Var(w): this variance keeps the signal's size from layer to layer. (He et al. 2015, equations 10 and 15.)
     """
-    deviation = math.sqrt(2.0 / ((1.0 + slope * slope) * parameter.fan_in))
+    deviation = math.sqrt(2.0 / ((1.0 + parameter.slope**2) * parameter.fan_in))
     values = random.standard_normal(parameter.shape, dtype=np.float32)
     values *= np.float32(deviation)
     return values

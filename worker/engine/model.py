@@ -130,8 +130,7 @@ class Model:
     def initialize(self, seed: int) -> None:
         """Write the initial parameters in place, each from (seed, name) alone."""
         for parameter in self._chain.parameters:
-            name = parameter.name
-            fill(self._values[name], parameter, name, seed, parameter.following, parameter.slope)
+            fill(self._values[parameter.name], parameter, seed)
 
     def reserve(self, batch_size: int) -> None:
         """Make all buffers for up to `batch_size` samples; a larger batch later makes larger ones."""
@@ -199,9 +198,12 @@ class Model:
         """ModelFault naming the layer that so few samples, in a rank at once and in the whole batch, cannot train."""
         self._chain.check_batch(at_once, batch)
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
-        """DataFault, naming `place` and the sample, where targets cannot belong to this model's outputs."""
-        self._loss.check_targets(targets, place)
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
+        """DataFault, naming `place` and the sample, where targets cannot belong to this model's outputs.
+
+        `first` is the number of the first of them.
+        """
+        self._loss.check_targets(targets, place, first)
 
     def _run(self, features: FloatArray, moment: Moment | None) -> FloatArray:
         """The last layer's output."""

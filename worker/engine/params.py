@@ -25,8 +25,8 @@ class Parameter(NamedTuple):
     fan_in: int  # inputs that feed one output; 0 for a bias
     fan_out: int  # outputs that one input feeds; 0 for a bias
     initial: float = 0.0  # where a bias starts; the factors of a normalization are biases that start at 1
-    following: str = ""  # kind of the layer behind, which decides how a weight is drawn; the chain fills it in
-    slope: float = 0.0  # of that layer for negative inputs
+    is_rectified: bool = False  # a rectifier stands behind, which decides how a weight is drawn; the chain fills it in
+    slope: float = 0.0  # of that rectifier for negative inputs
 
     @property
     def is_bias(self) -> bool:

@@ -15,6 +15,11 @@ class Clocks:
         self._seen = dict.fromkeys(range(workers), 0)  # worker -> updates in the weights it has
         self.waiting: dict[int, tuple[float, float]] = {}  # worker -> since when, staleness of its push
 
+    def add(self, worker: int, step: int) -> None:
+        """A worker more, that has done `step` steps and has the newest weights."""
+        self.done[worker] = step
+        self._seen[worker] = self.updates
+
     def staleness(self, worker: int) -> float:
         """Updates by others since the weights this worker has, in steps: 1 for one update of each other worker."""
         return (self.updates - self._seen[worker]) / max(1, len(self.done) - 1)

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import numpy as np
 
 from protos import environment, job_pb2
+from protos.job_file import to_yaml
 from worker.errors import CheckpointFault, TrainingFault, UsageFault
 from worker.server.modes import mode_of
 from worker.server.published import ShardWire, open_wire
@@ -33,6 +34,7 @@ from worker.wire import keep_freed_memory
 
 START_TIMEOUT_SECONDS = 20.0
 STOP_TIMEOUT_SECONDS = 5.0
+LEASES_IN_A_STALL = 4  # a guest that is gone is to cost less time than what ends a job
 _READY = "listening "
 _MPI_ENVIRONMENT = ("OMPI_", "PMIX_", "PRTE_")
 # As `python -m worker` without the current folder on the path, where a person may keep a worker.py.
@@ -90,6 +92,8 @@ def load_shard(
         mode=mode_of(spec.sync.parameter_server),
         decayed=tuple(start.decayed),
         clip_norm=spec.training.clip_norm,
+        guests=spec.sync.parameter_server.guests,
+        lease_seconds=spec.limits.stall_seconds / LEASES_IN_A_STALL,
         virtual_shards=spec.training.virtual_shards if spec.training.reproducible else 0,
     )
     return Shard(setup, optimizer, start.parameters, state, start.step)
@@ -121,12 +125,14 @@ def serve_parameters(
     wire = open_wire(shard, spec.sync.parameter_server.wire_format)
     # A rank reports what overflows, by step; here it would be a second voice.
     with np.errstate(over="ignore", invalid="ignore"):
-        asyncio.run(_serve(shard, token, listen, keeper, wire))
+        asyncio.run(_serve(shard, token, listen, keeper, wire, to_yaml(spec)))
     if snapshots:
         start_file.unlink(missing_ok=True)  # whoever would have started it again is gone or needs it no more
 
 
-async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | None, wire: ShardWire | None) -> None:
+async def _serve(
+    shard: Shard, token: str, listen: str, snapshots: Snapshots | None, wire: ShardWire | None, job: str
+) -> None:
     from worker.server.service import ParameterServer
 
     over = asyncio.Event()
@@ -135,7 +141,7 @@ async def _serve(shard: Shard, token: str, listen: str, snapshots: Snapshots | N
     told = (lambda: None) if snapshots else over.set
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
         loop.add_signal_handler(number, told)
-    server = ParameterServer(shard, token, snapshots, wire)
+    server = ParameterServer(shard, token, snapshots, wire, job)
     try:
         port = await server.start(listen)
     except RuntimeError as error:

@@ -6,6 +6,9 @@ from typing import NamedTuple
 from worker.server.modes import SYNCHRONOUS, Mode
 from worker.wire import Float32, even_chunk_elements
 
+MOST_GUESTS = 256  # at a time
+NO_GUESTS = "the job takes no guests: give its file `sync: {parameter_server: {guests: true}}`"
+
 
 @dataclass(frozen=True)
 class ShardSetup:
@@ -20,7 +23,9 @@ class ShardSetup:
     stop: int = -1  # -1: to the end
     decayed: tuple[tuple[int, int], ...] = ()  # ranges of the flat vector that weight decay applies to
     chunk_elements: int = 0  # 0: equal chunks of about 1 MB
-    step_timeout_seconds: float = 60.0  # from a step's first push to its last
+    step_timeout_seconds: float = 60.0  # from a founding worker's first push of a step to the last push
+    guests: bool = False  # others than the `workers` may join (members.py)
+    lease_seconds: float = 15.0  # a guest that is silent for longer is dropped
     restored: bool = False  # from a snapshot, after a death: the step is the workers', once all have told theirs
     clip_norm: float = 0.0  # the mean gradient is scaled down to this norm, 0: never; for a shard of the whole vector
     virtual_shards: int = 0  # of a reproducible job, whose workers push subtrees (subtrees.py); 0: any other job
@@ -40,10 +45,11 @@ class Push(NamedTuple):
     step: int  # from 1
     offset: int  # in the flat vector
     samples: int  # of the whole batch
-    learning_rate: float
+    learning_rate: float  # a guest's is not looked at: the founding workers' holds
     gradient: Float32  # sum over this worker's samples, or subtrees; kept until the chunk is applied, never written
     totals: tuple[float, ...] = ()  # on the chunk at the shard's start only
     share: int = 0  # samples in this worker's sum; what a push that is applied at once is divided by
+    guests: tuple[int, ...] = ()  # that the batch was cut for
 
 
 class Answer(NamedTuple):
@@ -55,11 +61,17 @@ class Answer(NamedTuple):
     weights: Float32  # a view: send or copy it before the next push
     totals: tuple[float, ...]  # over all workers; on the chunk at the shard's start only
     staleness: float = 0.0  # of the push, in steps
+    guests: tuple[int, ...] = ()  # that the next batch is to be cut for; on the chunk at 0 only
+    samples: int = 0  # that the totals are of; on the chunk at the shard's start only
     again: bool = False  # for a repeated push, of whose step others have had the answer
 
 
 class Refused(Exception):
     """The request is wrong in itself; the shard is as it was before."""
+
+
+class Apart(Refused):
+    """The guest is not here: it was dropped, has left, or cannot be taken in now. It may join again."""
 
 
 class Conflict(Refused):

@@ -65,7 +65,11 @@ class AllReduceExchange:
         note: lines a person should know, such as why shared memory is not used.
     """
 
+    in_step = True
+    first_loss: float | None = None
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,

@@ -19,6 +19,7 @@ from worker.engine.model import Model
 from worker.engine.params import decayed_ranges
 from worker.errors import CheckpointFault
 from worker.initial_weights import InitialWeights
+from worker.invitation import Invitation
 from worker.sync import replica_state
 from worker.sync.all_reduce import AllReduceExchange
 from worker.sync.compressed_reduction import Wire
@@ -42,8 +43,19 @@ class Exchange(Protocol):
     totals: np.ndarray  # (len(TOTALS) + model.sum_count,) float64
     statistics: ExchangeStatistics
     note: str | None  # lines a person should know, such as a fallback
+    in_step: bool  # all ranks take each step together, and see the same `totals` behind it
     finished: Finished | None  # to be told while backward runs from which element on `gradient` is finished
+    # Mean loss of the first step, where `totals` hold the sums of several; None where they hold its own, or before.
+    first_loss: float | None
     shard_buffers: ShardBuffers | None  # where the virtual shards' sums go; None: `gradient` and `totals` are pushed
+
+    @property
+    def guests(self) -> int:
+        """Workers beside the ranks that the next batch is shared with."""
+
+    @property
+    def invitation(self) -> Invitation | None:
+        """What guests need to come; None where none may."""
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn everyone's gradient into new parameters; `samples` is the whole batch's."""
@@ -90,7 +102,7 @@ def open_exchange(
     """
     if job.sync.WhichOneof("kind") == "parameter_server":
         # Imported here: gRPC takes a tenth of a second that an all-reduce job need not wait for.
-        from worker.sync.server_exchange import open_server_exchange
+        from worker.sync.server_opening import open_server_exchange
 
         return open_server_exchange(world, job, model, _without_replicas(resumed), resume, initial)
     count = model.parameter_count

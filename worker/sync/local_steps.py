@@ -16,7 +16,6 @@ rests. One replica alone has nobody to meet: with plain averaging it trains as b
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from contextlib import AbstractContextManager
 from time import perf_counter
@@ -28,6 +27,7 @@ from protos import job_pb2
 from worker.data.sharding import samples_of
 from worker.errors import ReplicaFault
 from worker.optimizers import Optimizer, momentum, sgd
+from worker.stopping import bound_of_loss, has_diverged
 from worker.sync import replica_state
 from worker.sync.all_reduce import AllReduceExchange, slice_bounds
 from worker.sync.world import World
@@ -46,7 +46,11 @@ class LocalStepsExchange:
         carried: how many of the first of them are added up over the replicas; a replica needs the others for itself.
     """
 
+    in_step = True
+    first_loss: float | None = None
     shard_buffers: ShardBuffers | None = None
+    guests = 0
+    invitation = None
 
     def __init__(
         self,
@@ -97,12 +101,20 @@ class LocalStepsExchange:
         self._steps, self._own_samples, self._samples = 0, 0, 0  # since the last meeting
         self._own_of_epoch, self._samples_of_epoch = 0, 0
         self._last_step = 0, 0.0  # its number and its learning rate
+        self._last_loss = 0.0  # this replica's mean in its last step with samples
+        self._first_sum, self._first_samples = 0.0, 0  # of the loss over this replica, and of the whole batch
+        self._highest_loss: float | None = None  # for this replica
 
     def step(self, step: int, samples: int, learning_rate: float) -> None:
         """Turn the gradients of this replica into its new `parameters`; `samples` are those of the whole batch."""
         own = samples_of(self._ranks, samples, self._world.size)
         if own:
             self._inner.step(step, own, learning_rate)
+            self._last_loss = float(self.totals[0]) / own
+            if self._highest_loss is None:
+                self._highest_loss = bound_of_loss(self._last_loss)
+        if not self._first_samples:
+            self._first_sum, self._first_samples = float(self.totals[0]), samples
         self._carried += self.totals[: len(self._carried)]
         self._steps += 1
         self._own_samples, self._samples = self._own_samples + own, self._samples + samples
@@ -112,7 +124,7 @@ class LocalStepsExchange:
         """As in Exchange; `model_state` becomes its mean over the replicas.
 
         Raises:
-            ReplicaFault: on this replica's first rank, when its loss is not finite and the next meeting is yet to come.
+            ReplicaFault: on this replica's first rank, when its loss has diverged and the next meeting is yet to come.
         """
         if not self._moves:
             return samples
@@ -239,29 +251,33 @@ class LocalStepsExchange:
         )
 
     def _check_loss(self) -> None:
-        if self._replica.rank != 0 or math.isfinite(self._carried[0]):
+        highest_loss = self._highest_loss
+        if self._replica.rank != 0 or highest_loss is None or not has_diverged(self._last_loss, highest_loss):
             return
         step, learning_rate = self._last_step
         whose = f"ranks {self._ranks[0]} to {self._ranks[-1]}" if len(self._ranks) > 1 else "this rank"
         raise ReplicaFault(
-            f"step {step}: the loss of {whose} is {self._carried[0]:g} before the next meeting; lower the learning "
+            f"step {step}: the loss of {whose} is {self._last_loss:g} before the next meeting; lower the learning "
             f"rate ({learning_rate:g}), scale the features or meet more often "
             f"(sync.local.steps: {self._options.steps})"
         )
 
     def _add_up(self, model_state: np.ndarray, weight: float) -> None:
         """The replicas' totals and the mean of their running statistics: one rank of each speaks, all learn them."""
-        carried = len(self._carried)
+        carried, first_sum = len(self._carried), self._first_sum
         if self.replicas > 1:
-            message = np.zeros(carried + model_state.size)
+            message = np.zeros(carried + 1 + model_state.size)
             if self._replica.rank == 0:
                 message[:carried] = self._carried
-                message[carried:] = weight * model_state.astype(np.float64)
+                message[carried] = first_sum
+                message[carried + 1 :] = weight * model_state.astype(np.float64)
             began = perf_counter()
             self._world.sum(message)  # whoever is first waits here for the slowest
             self.statistics.wait_seconds += perf_counter() - began
             self._carried[:] = message[:carried]
-            model_state[:] = message[carried:]
+            first_sum = float(message[carried])
+            model_state[:] = message[carried + 1 :]
+        self.first_loss = first_sum / self._first_samples
         self.totals[:carried] = self._carried
         self._carried[:] = 0
 

@@ -16,73 +16,30 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import grpc
-import grpc.experimental
 import numpy as np
-from google.protobuf.message import Message
 from numpy.typing import NDArray
 
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
 from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
+from worker.sync.server_connection import SERVICE, Server, queued
 from worker.sync.server_wire import ChunkPush, Lossy, open_wire
 from worker.sync.statistics import Staleness
 from worker.wire import Float32, as_array, chunk_bounds, decode, encode, keep_freed_memory
 
-SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
 GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
 WEIGHTS = pb.ExchangeResponse.WEIGHTS_FIELD_NUMBER
 DATA = pb.PullResponse.DATA_FIELD_NUMBER
-MESSAGE_LIMIT = ("grpc.max_receive_message_length", 64 << 20)
-NO_THREAD_FOR_PULL = (grpc.experimental.ChannelOptions.SingleThreadedUnaryStream, 1)
 JOIN_TIMEOUT_SECONDS = 20.0
 WATCH_SECONDS = 0.2
 FIRST_RETRY_SECONDS = 0.05
 LAST_RETRY_SECONDS = 1.0  # between two attempts, which begin at the first and double
 
-R = TypeVar("R", bound=Message)
 T = TypeVar("T")
-
-
-class _Server:
-    """One shard: its channel, its range of the vector, its stream."""
-
-    def __init__(self, address: str, token: str) -> None:
-        self.address = address
-        self.metadata = (("authorization", f"Bearer {token}"),)
-        self.range = range(0)
-        self.chunks: dict[int, int] = {}  # start -> stop
-        self.stream: Any = None  # an ExchangeStream, once it is open
-        self._connect()
-
-    def _connect(self) -> None:
-        self.channel = grpc.insecure_channel(self.address, options=(MESSAGE_LIMIT, NO_THREAD_FOR_PULL))
-        self.outgoing: queue.SimpleQueue[ChunkPush | bytes | None] = queue.SimpleQueue()
-
-    def reconnect(self) -> None:
-        """A channel and a queue anew; nothing of the old stream is sent."""
-        self.close()
-        self._connect()
-
-    def close(self) -> None:
-        """End the stream and the channel."""
-        self.outgoing.put(None)
-        if self.stream is not None:
-            self.stream.close()
-            self.stream = None
-        self.channel.close()
-
-    def call(self, method: str, request: Message, response: type[R], timeout_seconds: float) -> R:
-        caller = self.channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=type(request).SerializeToString,
-            response_deserializer=response.FromString,
-        )
-        answer: R = caller(request, timeout=timeout_seconds, metadata=self.metadata)
-        return answer
 
 
 class ParameterServerExchange:
@@ -92,8 +49,8 @@ class ParameterServerExchange:
         self, addresses: Sequence[str], worker: int, workers: int, generation: int, token: str, layout_digest: str,
         parameters: Float32, gradient: Float32, totals: NDArray[np.float64], timeout_seconds: float = 90.0,
         pushes_to: Collection[int] | None = None, return_seconds: float = 0.0,
-        pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int], int] | None = None,
-        lossy: Lossy | None = None,
+        pushed: tuple[Float32, NDArray[np.float64]] | None = None, share_of: Callable[[int, int], int] | None = None,
+        lossy: Lossy | None = None, ranks: int = 0,
     ) -> None:  # fmt: skip
         """Take 1-D arrays: `parameters` and `gradient` of one length, `totals` of any; all stay the caller's.
 
@@ -104,8 +61,10 @@ class ParameterServerExchange:
             return_seconds: how long a server that is gone may take to come back.
             pushed: a reproducible job's subtrees (subtrees, parameter_count) and totals (shards, total_count), which go
                 out in the place of `gradient` and `totals`.
-            share_of: from the samples of a batch to how many of them this worker computes; None: an equal share.
+            share_of: from the samples of a batch, and how many guests share in it, to how many of them this worker
+                computes; None: an equal share.
             lossy: the wire format, where it is not float32, and the residual to go on from.
+            ranks: those that mpirun started; guests are told.
         """
         self.sent_bytes = 0
         self.received_bytes = 0
@@ -115,18 +74,23 @@ class ParameterServerExchange:
         self.staleness = Staleness()  # of this worker's pushes
         self._step = 0  # the last one done
         self._return_seconds = return_seconds
-        self._worker, self._workers, self._generation = worker, workers, generation
+        self.workers = workers  # founding ones
+        self._worker, self._generation = worker, generation
+        self._who = f"worker {worker} of {workers}"
         self._layout_digest = layout_digest
         self._parameters, self._totals = parameters, totals
         pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
         self.wire = open_wire(lossy, pushed_gradient, parameters)
         self._timeout_seconds = timeout_seconds
-        self._servers = [_Server(address, token) for address in addresses]
+        self._servers = [Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
-        self._share_of = share_of or (lambda samples: samples_of([worker], samples, workers))
+        self._share_of = share_of or (lambda samples, guests: samples_of([worker], samples, workers + guests))
+        self._ranks = ranks
+        self.guests: tuple[int, ...] = ()  # that the next batch is to be cut for, as the shard of element 0 tells
+        self.samples = 0  # that the totals of the last step are of, as it tells
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
-        self._awaited: _Server | None = None
+        self._awaited: Server | None = None
         self._closed = threading.Event()
         self._watching = threading.Thread(target=self._watch, name="parameter-server-watch", daemon=True)
 
@@ -135,8 +99,7 @@ class ParameterServerExchange:
 
         Does not fetch the weights: they are the start file's, or what `pull` gives.
         """
-        keep_freed_memory()
-        self._watching.start()
+        self._begin()
         steps = set()
         for server in self._own:
             try:
@@ -159,6 +122,10 @@ class ParameterServerExchange:
         self._step = steps.pop() if steps else 0
         return self._step
 
+    def _begin(self) -> None:
+        keep_freed_memory()
+        self._watching.start()
+
     @property
     def held(self) -> list[tuple[range, str]]:
         """The elements of each server that this process exchanges with, and its address; after `join`."""
@@ -169,20 +136,21 @@ class ParameterServerExchange:
         server = self._awaited
         return self._name(server) if server else ""
 
-    def _name(self, server: _Server) -> str:
+    def _name(self, server: Server) -> str:
         return f"parameter server {server.address} ({self._servers.index(server) + 1} of {len(self._servers)})"
 
-    def _join(self, server: _Server, timeout_seconds: float) -> pb.JoinResponse:
+    def _join(self, server: Server, timeout_seconds: float) -> pb.JoinResponse:
         request = pb.JoinRequest(
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
             layout_digest=self._layout_digest, step=self._step, wire_format=self.wire.wire_format,
+            ranks=self._ranks, addresses=[other.address for other in self._servers],
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
         server.chunks = dict(chunk_bounds(response.start, response.stop, response.chunk_elements))
         return response
 
-    def _open_stream(self, server: _Server) -> None:
+    def _open_stream(self, server: Server) -> None:
         requests = self._requests(server, server.outgoing)
         server.stream = ExchangeStream(server.channel, f"/{SERVICE}/Exchange", requests, server.metadata)
 
@@ -193,7 +161,7 @@ class ParameterServerExchange:
         """
         began = time.perf_counter()
         self._expires = time.monotonic() + self._timeout_seconds
-        terms = (samples, learning_rate, self._share_of(samples))
+        terms = samples, learning_rate, self._share_of(samples, len(self.guests)), self.guests
         queues = [
             [ChunkPush(step, start, stop, *terms) for start, stop in reversed(server.chunks.items())]
             for server in self._own
@@ -229,7 +197,7 @@ class ParameterServerExchange:
             raise TrainingFault(f"the parameter servers are at different steps: {sorted(steps)}")
         return arrays
 
-    def _pull(self, server: _Server, request: pb.PullRequest, arrays: dict[str, Float32]) -> int:
+    def _pull(self, server: Server, request: pb.PullRequest, arrays: dict[str, Float32]) -> int:
         """Fill in what one server holds; the step its chunks are of."""
         stream = server.channel.unary_stream(f"/{SERVICE}/Pull", pb.PullRequest.SerializeToString, bytes)
         step = 0
@@ -241,7 +209,7 @@ class ParameterServerExchange:
             step = head.step
         return step
 
-    def _with_retries(self, server: _Server, when: str, act: Callable[[], T]) -> T:
+    def _with_retries(self, server: Server, when: str, act: Callable[[], T]) -> T:
         """`act`, again and again while the server cannot be reached, until `return_seconds` have passed."""
         deadline = time.monotonic() + self._return_seconds
         pause = FIRST_RETRY_SECONDS
@@ -280,31 +248,32 @@ class ParameterServerExchange:
         if self._watching.ident is not None:
             self._watching.join(END_SECONDS)
 
-    def _round_trip(self, server: _Server, size: int) -> None:
+    def _round_trip(self, server: Server, size: int) -> None:
         """Send so many bytes that the server ignores, and wait for its answer."""
         began = time.perf_counter()
         request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
         server.outgoing.put(request.SerializeToString())
         self._next(server, "join", "its answer to a trial of the network", began)
 
-    def _requests(self, server: _Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
+    def _requests(self, server: Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
-        yield pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
-        while (push := outgoing.get()) is not None:
-            if isinstance(push, bytes):
-                yield push
+        nothing = pb.ExchangeRequest(worker=self._worker, generation=self._generation).SerializeToString()
+        yield nothing
+        for push in queued(outgoing, server.heard_every):
+            if not isinstance(push, ChunkPush):
+                yield push or nothing
                 continue
             head = pb.ExchangeRequest(
                 worker=self._worker, generation=self._generation, step=push.step, offset=push.start,
                 samples=push.samples, learning_rate=push.learning_rate,
                 totals=self._pushed_totals.reshape(-1) if push.start == 0 else (),
-                share_samples=push.share,
+                share_samples=push.share, guests=push.guests,
             )  # fmt: skip
             data = encode(head, GRADIENT, self.wire.outgoing(push))
             self.sent_bytes += len(data)
             yield data
 
-    def _receive(self, server: _Server, step: int, began: float, pushes: list[ChunkPush]) -> None:
+    def _receive(self, server: Server, step: int, began: float, pushes: list[ChunkPush]) -> None:
         missing = dict(server.chunks)
         while missing:
             what = f"{len(missing)} of {len(server.chunks)} weight chunks"
@@ -318,6 +287,9 @@ class ParameterServerExchange:
                 continue
             self.received_bytes += len(data)
             head, payload = decode(pb.ExchangeResponse, WEIGHTS, data)
+            if head.step == 0:  # the server lives, and has heard that this guest does
+                self._expires = time.monotonic() + self._timeout_seconds
+                continue
             stop = missing.pop(head.offset, None)
             if stop is None or head.step != step or not self.wire.take(head, payload, stop):
                 raise TrainingFault(
@@ -326,10 +298,12 @@ class ParameterServerExchange:
                 )
             if head.offset == server.range.start:
                 self.staleness.see(head.staleness)
-            if head.totals and head.offset == 0:
-                self._totals[:] = head.totals
+            if head.offset == 0:
+                self.guests, self.samples = tuple(head.guests), head.samples
+                if head.totals:
+                    self._totals[:] = head.totals
 
-    def _return_to(self, server: _Server, step: int, pushes: list[ChunkPush]) -> None:
+    def _return_to(self, server: Server, step: int, pushes: list[ChunkPush]) -> None:
         """Join a server that is gone as soon as it is back, and repeat the step's pushes."""
         self._expires = time.monotonic() + 2 * self._return_seconds + JOIN_TIMEOUT_SECONDS
 
@@ -358,7 +332,7 @@ class ParameterServerExchange:
         for push in pushes:
             server.outgoing.put(push)
 
-    def _next(self, server: _Server, when: str, what: str, began: float) -> bytes:
+    def _next(self, server: Server, when: str, what: str, began: float) -> bytes:
         """The stream's next message, or a fault that says what was waited for since `began`."""
         try:
             data: bytes = next(server.stream)
@@ -366,12 +340,11 @@ class ParameterServerExchange:
             raise self._fault(server, when, what, began, error) from error
         return data
 
-    def _fault(self, server: _Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
+    def _fault(self, server: Server, when: str, what: str, began: float, error: Exception) -> TrainingFault:
         seconds = time.perf_counter() - began
         why = "no answer in time" if self._expired else words(error)
         return TrainingFault(
-            f"parameter server {server.address}, {when}: {why} "
-            f"(worker {self._worker} of {self._workers} waited {seconds:.1f} s for {what})"
+            f"parameter server {server.address}, {when}: {why} ({self._who} waited {seconds:.1f} s for {what})"
         )
 
     def _watch(self) -> None:

@@ -50,6 +50,7 @@ class ChunkPush(NamedTuple):
     samples: int  # of the whole batch
     learning_rate: float
     share: int  # samples in this worker's sum
+    guests: tuple[int, ...] = ()  # that the batch was cut for
 
 
 class ServerWire(Protocol):

@@ -3,6 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
+
+
+class ServerCounts(NamedTuple):
+    """What became of a job's parameter servers and of those who push to them; names as in RankReport."""
+
+    parameter_server_restarts: int  # servers that died and came back
+    parameter_server_steps_lost: int  # by those, since their snapshots
+    parameter_server_workers: int  # that the next step is shared by: nodes and guests
 
 
 @dataclass
@@ -14,6 +23,7 @@ class ExchangeStatistics:
     update_seconds: float = 0.0  # the optimizer
     sent_bytes: dict[str, int] = field(default_factory=dict)  # by transport
     received_bytes: dict[str, int] = field(default_factory=dict)
+    servers: ServerCounts | None = None  # on rank 0 of a job with parameter servers
 
     def sent(self, transport: str, count: int) -> None:
         """Count `count` payload bytes that left this rank."""

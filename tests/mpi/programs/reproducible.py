@@ -16,6 +16,7 @@ from safetensors.numpy import load_file
 from protos.job_file import read_job_file
 from worker import run
 from worker.checkpointing import Checkpointer
+from worker.memory import MemoryPeak
 from worker.sync.world import World
 from worker.termination import StopRequest
 from worker.watchdog import Watchdog
@@ -30,10 +31,14 @@ def main() -> None:
         world = World(ranks_per_node=ranks_per_node or None)
         watchdog = Watchdog(60, lambda sentence: print(sentence, file=sys.stderr))
         output = outputs / path.stem
-        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, lambda line: None, watchdog, stop)
+        run.run_job(world, read_job_file(path), output, act == "resume", 0.0, say_nothing, watchdog, stop, MemoryPeak())
         watchdog.stop()
         if world.rank == 0:
             print(path.stem, digest(output), flush=True)
+
+
+def say_nothing(line: str) -> None:
+    """The digests alone are said."""
 
 
 def then_die(take):

@@ -13,6 +13,7 @@ from coordinator.faults import CommandFault
 from coordinator.launchers.causes import Cause
 from coordinator.run import (
     MetricsTail,
+    NotesTail,
     RunOptions,
     check_output,
     failure_text,
@@ -39,6 +40,21 @@ def test_reports_are_read_once_and_only_when_whole(tmp_path):
         file.write('ep": 3}\n')
         file.flush()
         assert steps(tail) == [3]
+
+
+def test_what_the_first_rank_says_beside_its_progress_is_read_from_its_log(tmp_path):
+    log = tmp_path / "rank-0.log"
+    tail = NotesTail(log)
+    assert list(tail.read()) == []
+    log.write_text("shared memory is not used: a\nepoch 1/2  step 5/9\ninitialize_from: 2 parameters taken from a\n\n")
+    assert list(tail.read()) == ["shared memory is not used: a", "initialize_from: 2 parameters taken from a"]
+    with log.open("a") as file:
+        file.write("initialize_from: not taken: b")
+    assert list(tail.read()) == []
+    with log.open("a") as file:
+        file.write("\x1b[31m is not in the file\nepoch 1/3\n")
+    assert [line.startswith("initialize_from: not taken: b") and "\x1b" not in line for line in tail.read()] == [True]
+    assert list(tail.read()) == []
 
 
 def test_a_resumed_run_tells_only_what_is_new(tmp_path):

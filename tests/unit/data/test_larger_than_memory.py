@@ -10,9 +10,14 @@ import numpy as np
 import pytest
 from numpy.lib.format import open_memmap
 
+from protos.job_file import parse_job
+from worker.data.stored_array import BLOCK_BYTES
+from worker.preparation import prepare
+
 MEGABYTE = 1 << 20
 ALLOWED_BYTES = 48 * MEGABYTE  # beyond what the process holds when everything is imported
 FILE_BYTES = 256 * MEGABYTE
+LEARNS = {"loss": "softmax_cross_entropy", "optimizer": "sgd"}
 
 # One rank's part of a training run, without MPI: open, check, hold out, standardize, an epoch of gradients.
 EPOCH = """
@@ -51,7 +56,7 @@ print(seen)
 
 
 def epoch(job: dict[str, Any]) -> "subprocess.CompletedProcess[str]":
-    job = {"loss": "softmax_cross_entropy", "optimizer": "sgd"} | job
+    job = LEARNS | job
     return subprocess.run(
         [sys.executable, "-c", EPOCH, json.dumps(job), str(ALLOWED_BYTES)],
         capture_output=True,
@@ -88,6 +93,23 @@ def test_an_npy_file_streams(
     done = epoch({"data": {"train": train} | data, "model": [{"dense": {"units": 3}}]})
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) == 4096 - round(4096 * data.get("validation_fraction", 0))
+
+
+@pytest.mark.parametrize(
+    ("data", "passes"), [({}, 1), ({"standardize": True}, 2), ({"standardize": True, "validation_fraction": 0.01}, 2)]
+)
+def test_who_watches_is_told_of_every_few_megabytes_of_each_pass(
+    tmp_path: Path, labels: Path, data: dict[str, Any], passes: int
+) -> None:
+    """Else a set that takes longer to open than limits.stall_seconds would end as a rank that is stuck."""
+    open_memmap(tmp_path / "x.npy", "w+", np.float32, (4096, 4096)).flush()  # 64 MB
+    train = {"npy": {"features": str(tmp_path / "x.npy"), "targets": str(labels)}}
+    job = {"data": {"train": train} | data, "model": [{"dense": {"units": 3}}]}
+    told: list[int] = []
+    prepared = prepare(parse_job(json.dumps(job | LEARNS)), lambda: told.append(1))
+    assert prepared.maps_data
+    blocks = prepared.train.features.nbytes // BLOCK_BYTES
+    assert passes * blocks * 0.99 <= len(told) <= 2 * passes * blocks + 1
 
 
 def test_a_text_streams(tmp_path: Path) -> None:

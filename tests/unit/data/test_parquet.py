@@ -66,6 +66,9 @@ def test_whole_numbers_are_kept_in_a_byte_where_they_fit(tmp_path: Path, largest
 def test_features_alone_are_every_column(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", {"a": [1, 2], "y": [3.5, 4.5]})
     np.testing.assert_array_equal(open_features(str(path)), [[1, 3.5], [2, 4.5]])
+    np.testing.assert_array_equal(open_features(str(path), "y"), [[1], [2]])
+    np.testing.assert_array_equal(open_features(str(path), "a"), [[3.5], [4.5]])
+    np.testing.assert_array_equal(open_features(str(path), "b"), [[1, 3.5], [2, 4.5]])
 
 
 FAULTS: dict[str, tuple[dict[str, Any], str]] = {

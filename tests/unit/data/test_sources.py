@@ -187,6 +187,8 @@ def test_features_alone_are_read_from_every_format(tmp_path: Path) -> None:
     for name in ("x.npy", "a.npz", "images.gz"):
         np.testing.assert_array_equal(open_features(str(tmp_path / name)), images)
     np.testing.assert_array_equal(open_features(str(tmp_path / "a.csv")), [[1, 2], [3, 4]])
+    np.testing.assert_array_equal(open_features(str(tmp_path / "a.csv"), "a"), [[2], [4]])
+    np.testing.assert_array_equal(open_features(str(tmp_path / "a.csv"), "c"), [[1, 2], [3, 4]])
 
 
 def test_features_alone_are_checked_too(tmp_path: Path) -> None:

@@ -14,7 +14,10 @@ from worker.data.batches import BatchReader
 from worker.data.preprocessing import Preprocessing
 from worker.data.sources import Dataset, open_source
 from worker.data.split import hold_out
+from worker.data.stored_array import BLOCK_BYTES
+from worker.engine.model import Model
 from worker.errors import DataFault
+from worker.preparation import check_targets
 
 
 def read(path: Path, context: int, kind: str = "labels") -> Dataset:
@@ -56,7 +59,7 @@ def test_a_large_text_is_neither_copied_nor_read_when_it_is_opened(tmp_path: Pat
     tracemalloc.start()
     try:
         dataset = read(tmp_path / "a.txt", 128)
-        assert dataset.targets_to_check.tolist() == [[255] * 128]
+        check_targets(model_of(256, 128), dataset)
         _, targets = BatchReader(dataset, Preprocessing(), 4).take(np.array([0, len(dataset) - 1]))
         assert tracemalloc.get_traced_memory()[1] < 100_000
     finally:
@@ -65,9 +68,37 @@ def test_a_large_text_is_neither_copied_nor_read_when_it_is_opened(tmp_path: Pat
     assert not targets.any()
 
 
-def test_what_is_checked_of_other_data_are_its_targets() -> None:
-    dataset = Dataset(np.zeros((3, 2)), np.array([0, 2, 1]), None, "here")
-    assert dataset.targets_to_check is dataset.targets
+def model_of(outputs: int, context: int) -> Model:
+    """Of a vocabulary and as many outputs."""
+    model = f"[{{embedding: {{vocabulary: {outputs}, units: 1}}}}, {{linear: {{units: {outputs}}}}}]"
+    job = parse_job(
+        f"{{data: {{train: {{text: {{path: /a}}}}}}, model: {model}, loss: softmax_cross_entropy, optimizer: sgd}}"
+    )
+    return Model(job.model, job.loss, (context,))
+
+
+def test_a_text_of_few_different_bytes_needs_no_outputs_for_the_others(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"plain ASCII" * 50)
+    check_targets(model_of(128, 10), read(tmp_path / "a.txt", 10))
+
+
+@pytest.mark.parametrize("outputs", [2, 128, 200, 255])
+def test_a_byte_without_an_output_is_named_with_its_place(tmp_path: Path, outputs: int) -> None:
+    text = bytearray(BLOCK_BYTES + 1000)
+    text[BLOCK_BYTES + 501] = outputs
+    (tmp_path / "a.txt").write_bytes(text)
+    sample, position = divmod(BLOCK_BYTES + 500, 100)
+    message = f"a.txt: label {outputs} of sample {sample}, position {position} is not among 0 to {outputs - 1}, the"
+    with pytest.raises(DataFault, match=message):
+        check_targets(model_of(outputs, 100), read(tmp_path / "a.txt", 100))
+
+
+def test_labels_of_positions_stored_as_bytes_are_held_to_what_they_are(tmp_path: Path) -> None:
+    np.savez(tmp_path / "a.npz", x=np.zeros((3, 4)), y=np.array([[0, 1, 2, 0]] * 3, np.uint8))
+    dataset = open_source(job_pb2.Source(npz=job_pb2.NpzSource(path=str(tmp_path / "a.npz"))), "labels")
+    check_targets(model_of(3, 4), dataset)
+    with pytest.raises(DataFault, match="label 2 of sample 0, position 2 is not among 0 to 1"):
+        check_targets(model_of(2, 4), dataset)
 
 
 @pytest.mark.parametrize(

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from protos import job_pb2
-from protos.job_file import parse_job
 from protos.rules import resolve
+from tests.unit.engine.any_layer import from_text
 from worker.engine.losses import LOSSES
 from worker.engine.model import Model
 
@@ -22,8 +22,7 @@ LABEL_LOSS = "softmax_cross_entropy"
 def layer(word: str) -> job_pb2.Layer:
     """`dense:8`, `relu`, `leaky_relu:0.1`, `conv2d: {filters: 4, kernel: 3}`: a layer of a resolved job."""
     if "{" in word:
-        text = f"{{data: {{train: {{built_in: digits}}}}, model: [{word}], loss: mean_squared_error, optimizer: sgd}}"
-        return parse_job(text).model[0]
+        return from_text(word)
     kind, _, setting = word.partition(":")
     message = job_pb2.Layer()
     options = getattr(message, kind)

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import job_pb2
+from tests.unit.engine.differences import INPUT_GRADIENT, OUTPUT, PARAMETER_GRADIENTS, hold
 from worker.engine.layers import LAYERS
 from worker.engine.layers.layer import Moment
 
@@ -57,8 +58,7 @@ def test_steps_and_evaluation_equal_torch_s(dtype, samples, lead, channels, mome
             parameter.copy_(torch.tensor(value))
 
     def close(ours, theirs, what):
-        scale = max(1.0, np.abs(theirs).max())
-        np.testing.assert_allclose(ours, theirs, rtol=0, atol=TOLERANCES[dtype] * scale, err_msg=what)
+        hold("batch_norm", what, ours, theirs, TOLERANCES[dtype])
 
     for step in range(1, STEPS + 2):
         training = step <= STEPS
@@ -70,11 +70,11 @@ def test_steps_and_evaluation_equal_torch_s(dtype, samples, lead, channels, mome
         module.zero_grad()
         theirs = module(theirs_x)
         theirs.backward(torch.tensor(channels_first(dy)))
-        close(layer.forward(x), channels_last(theirs), "output")
+        close(layer.forward(x), channels_last(theirs), OUTPUT)
         layer.backward_parameters(dy)
-        close(gradients[0], module.weight.grad.numpy(), "weight")
-        close(gradients[1], module.bias.grad.numpy(), "bias")
-        close(layer.backward_input(dy.copy()), channels_last(theirs_x.grad), "input gradient")
+        close(gradients[0], module.weight.grad.numpy(), PARAMETER_GRADIENTS)
+        close(gradients[1], module.bias.grad.numpy(), PARAMETER_GRADIENTS)
+        close(layer.backward_input(dy.copy()), channels_last(theirs_x.grad), INPUT_GRADIENT)
         if training:
             layer.update_state()
         close(state[0], module.running_mean.numpy(), "running mean")

@@ -7,23 +7,35 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.engine.any_layer import NUMBER, example
 from worker.engine.layers import LAYERS
+from worker.engine.layers.layer import Moment, Takes, traits_of
 from worker.engine.losses import LOSSES
 
 SMOOTH = ["gelu", "silu", "elu:1", "elu:0.4", "softplus"]
 ACTIVATIONS = ["sigmoid", "tanh", "relu", "leaky_relu:0.3", "leaky_relu:0", "softmax", *SMOOTH]
-IMAGES = ["conv2d", "max_pool2d", "average_pool2d", "global_average_pool"]  # in test_image_layers.py
 SIZES = st.integers(1, 7)
 SEEDS = st.integers(0, 2**32 - 1)
 
 
-# In test_stateful_layers.py: those that do not take samples of any shape in float64.
-ELSEWHERE = {"batch_norm", "layer_norm", "residual", "dropout", "embedding", "positions", "linear", "attention"}
-
-
-def test_every_layer_of_the_table_is_checked_here_or_elsewhere():
-    here = {"dense", "flatten", *(word.split(":")[0] for word in ACTIVATIONS), *IMAGES}
-    assert here | ELSEWHERE == set(LAYERS)
+@pytest.mark.parametrize("kind", LAYERS)
+@settings(max_examples=5, deadline=None)
+@given(samples=st.integers(2, 5), seed=SEEDS)
+def test_every_layer_there_is_passes_on_the_gradient_of_a_difference(engine, difference, kind, samples, seed):
+    """A layer between two others, so that its parameters and its input are asked for; tokens have no gradient."""
+    word, shape = example(kind)
+    takes_tokens = traits_of(LAYERS[kind]).takes is Takes.TOKENS
+    before = [] if takes_tokens else [f"{{linear: {{units: {shape[-1]}}}}}"]
+    made = engine.build([*before, word, "dense:2"], "mean_squared_error", shape)
+    features, targets = engine.draw_batch(made.model, samples, seed)
+    if takes_tokens:
+        features = np.random.default_rng(seed).integers(0, NUMBER, features.shape).astype(np.float64)
+    direction = np.random.default_rng(seed + 1).standard_normal(made.model.parameter_count)
+    moment = Moment(seed=3, step=5, first=2)
+    made.model.forward(features, targets, moment)
+    made.model.backward()
+    numeric = difference(lambda: made.model.forward(features, targets, moment).loss, made.parameters, direction)
+    assert made.gradient @ direction == pytest.approx(numeric, rel=2e-5, abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.unit.engine.differences import INPUT_GRADIENT, OUTPUT, PARAMETER_GRADIENTS, hold
 from worker.engine.layers import LAYERS
 
 torch = pytest.importorskip("torch", reason="PyTorch is not installed: make test-oracle installs and runs it")
@@ -50,9 +51,10 @@ def compare(engine: SimpleNamespace, word: str, shape: tuple[int, ...], samples:
     layer.backward_parameters(dy)
     ours += [layer.backward_input(dy.copy()), *gradients]
     theirs = [expected.detach(), *(tensor.grad for tensor in tensors)]
-    for what, our, their in zip(["output", "input gradient", "weight", "bias"], ours, theirs, strict=False):
-        scale = max(1.0, float(their.abs().max()))
-        np.testing.assert_allclose(our / scale, their.numpy() / scale, rtol=0, atol=TOLERANCE[kind], err_msg=what)
+    shown = f"{name} (Winograd)" if getattr(layer, "is_winograd", False) else name
+    whats = [OUTPUT, INPUT_GRADIENT, *[PARAMETER_GRADIENTS] * len(values)]
+    for what, our, their in zip(whats, ours, theirs, strict=True):
+        hold(shown, what, our, their.numpy(), TOLERANCE[kind])
 
 
 def pad_for(size: int, window: int, stride: int, padding: str) -> tuple[int, int]:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from protos import job_pb2
+from tests.unit.engine.differences import INPUT_GRADIENT, OUTPUT, PARAMETER_GRADIENTS, hold
 from worker.engine.layers import LAYERS
 from worker.engine.layers.layer import Moment
 
@@ -21,11 +22,6 @@ def compare(kind, options, x, module, parameters, tolerance=1e-11, dtype=np.floa
 
     The differences are held to `tolerance` of the largest value, or of 1, in `dtype`: rounding alone is left.
     """
-
-    def close(ours, theirs):
-        scale = max(1.0, float(np.abs(theirs).max()))
-        np.testing.assert_allclose(ours / scale, theirs / scale, rtol=tolerance, atol=tolerance)
-
     module = module.to(torch.float32 if dtype == np.float32 else torch.float64)
     x = x if kind == "embedding" else x.astype(dtype)
     random = np.random.default_rng(5)
@@ -41,14 +37,14 @@ def compare(kind, options, x, module, parameters, tolerance=1e-11, dtype=np.floa
     theirs_x = torch.tensor(x, dtype=torch.int64) if whole_numbers else torch.tensor(x, requires_grad=True)
     theirs = module(theirs_x)
     ours = layer.forward(x.astype(dtype))
-    close(ours, theirs.detach().numpy())
+    hold(kind, OUTPUT, ours, theirs.detach().numpy(), tolerance)
     dy = random.standard_normal(ours.shape).astype(dtype)
     theirs.backward(torch.tensor(dy))
     layer.backward_parameters(dy)
     if not whole_numbers:
-        close(layer.backward_input(dy), theirs_x.grad.numpy())
+        hold(kind, INPUT_GRADIENT, layer.backward_input(dy), theirs_x.grad.numpy(), tolerance)
     for name, gradient in parameters(gradients).items():
-        close(gradient, module.get_parameter(name).grad.numpy())
+        hold(kind, PARAMETER_GRADIENTS, gradient, module.get_parameter(name).grad.numpy(), tolerance)
 
 
 @settings(max_examples=25, deadline=None)

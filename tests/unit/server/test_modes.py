@@ -9,12 +9,14 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from protos import job_pb2
 from worker.optimizers import Optimizer, make_optimizer
 from worker.server.modes import MODES, Mode, mode_of
-from worker.server.pushes import Conflict, Push, Refused, ShardSetup
+from worker.server.pushes import Apart, Conflict, Push, Refused, ShardSetup
 from worker.server.shard import Shard
 
 COUNT, CHUNK, WORKERS, BATCH, RATE = 7, 4, 3, 12, 0.1
 OFFSETS = (0, 4)
 SHARES = (2, 4, 6)
+GUEST_SHARE = 3
+LEASE = 5.0
 
 
 def sgd() -> Optimizer:
@@ -23,8 +25,9 @@ def sgd() -> Optimizer:
 
 def new_shard(mode: Mode, timeout_seconds: float = 60.0) -> Shard:
     setup = ShardSetup(
-        COUNT, "digest", WORKERS, generation=2, mode=mode, chunk_elements=CHUNK, step_timeout_seconds=timeout_seconds
-    )
+        COUNT, "digest", WORKERS, generation=2, mode=mode, chunk_elements=CHUNK, step_timeout_seconds=timeout_seconds,
+        guests=True, lease_seconds=LEASE,
+    )  # fmt: skip
     shard = Shard(setup, sgd(), np.linspace(-1, 1, COUNT, dtype=np.float32), {})
     for worker in range(WORKERS):
         shard.join(worker, 2, COUNT, "digest")
@@ -36,9 +39,14 @@ def gradient_of(worker: int, step: int) -> np.ndarray:
 
 
 def push_of(worker: int, step: int, offset: int, **changes: object) -> Push:
-    totals = (float(SHARES[worker]),) if offset == 0 else ()
+    totals = (float(share_of(worker)),) if offset == 0 else ()
     gradient = gradient_of(worker, step)[offset : offset + CHUNK]
-    return Push(worker, 2, step, offset, BATCH, RATE, gradient, totals, SHARES[worker])._replace(**changes)
+    rate = RATE if worker < WORKERS else 0.0  # a guest's is that of the founding workers
+    return Push(worker, 2, step, offset, BATCH, rate, gradient, totals, share_of(worker))._replace(**changes)
+
+
+def share_of(worker: int) -> int:
+    return SHARES[worker] if worker < WORKERS else GUEST_SHARE
 
 
 def state_of(shard: Shard) -> tuple[object, ...]:
@@ -46,12 +54,12 @@ def state_of(shard: Shard) -> tuple[object, ...]:
 
 
 class Clocked(RuleBasedStateMachine):
-    """Any order of pushes, repeats, refusals and leaves, in a bounded or an asynchronous shard."""
+    """Any order of pushes, repeats, refusals and leaves, with guests, in a bounded or an asynchronous shard."""
 
     @initialize(lead=st.sampled_from([0, 1, 3, np.inf]), scaled=st.booleans())
     def begin(self, lead: float, scaled: bool) -> None:
         self.lead, self.scaled = lead, scaled
-        self.shard = new_shard(Mode(at_once=True, lead_steps=lead, scaled=scaled))
+        self.shard = new_shard(Mode(at_once=True, lead_steps=lead, scaled=scaled), timeout_seconds=1e6)
         self.weights = self.shard.parameters.copy()
         self.live = set(range(WORKERS))
         self.pushed = dict.fromkeys(((w, o) for w in range(WORKERS) for o in OFFSETS), 0)
@@ -59,6 +67,7 @@ class Clocked(RuleBasedStateMachine):
         self.seen = dict(self.pushed)  # updates in the weights that the worker has
         self.updates = dict.fromkeys(OFFSETS, 0)
         self.stale: dict[tuple[int, int], float] = {}
+        self.now = 0.0
 
     def take(self, answers) -> None:
         for answer in answers:
@@ -68,8 +77,46 @@ class Clocked(RuleBasedStateMachine):
             assert answer.staleness == pytest.approx(self.stale[key])
             slowest = min(self.pushed[other, answer.offset] for other in self.live)
             assert answer.step - slowest <= self.lead
+            assert answer.guests == (tuple(self.guests()) if answer.offset == 0 else ())
             self.answered[key] = answer.step
             self.seen[key] = self.updates[answer.offset]
+
+    def guests(self) -> list[int]:
+        return sorted(worker for worker in self.live if worker >= WORKERS)
+
+    @rule()
+    def a_guest_comes(self) -> None:
+        if self.shard.awaits_founders or len(self.guests()) == 2:
+            return
+        number = self.shard.welcome(-1, 2, COUNT, "digest", 0, self.now)
+        with pytest.raises(Conflict, match=f"guest {number} has not joined"):
+            self.shard.receive(push_of(number, 1, 0), self.now)
+        self.shard.open(number, 2, self.now)
+        self.live.add(number)
+        for offset in OFFSETS:
+            self.pushed[number, offset] = self.answered[number, offset] = self.shard.version[0]
+            self.seen[number, offset] = self.updates[offset]
+
+    @rule(data=st.data(), offset=st.sampled_from(OFFSETS))
+    def a_guest_pushes(self, data: st.DataObject, offset: int) -> None:
+        if self.guests():
+            self.push(data.draw(st.sampled_from(self.guests())), offset)
+
+    @rule(data=st.data(), how=st.sampled_from(["leaves", "is lost", "is silent"]))
+    def a_guest_goes(self, data: st.DataObject, how: str) -> None:
+        if not self.guests():
+            return
+        worker = data.draw(st.sampled_from(self.guests()))
+        self.live.discard(worker)
+        if how == "is silent":
+            self.now += LEASE + 0.1
+            for other in self.live:
+                self.shard.hear(other, self.now)
+            self.take(self.shard.expire(self.now))
+        else:
+            self.take(self.shard.leave(worker, 2) if how == "leaves" else self.shard.lose(worker, "gone"))
+        with pytest.raises(Apart, match=f"guest {worker} (left|was dropped).*; join again"):
+            self.shard.receive(push_of(worker, self.pushed[worker, 0] + 1, 0), self.now)
 
     @rule(worker=st.integers(0, WORKERS - 1), offset=st.sampled_from(OFFSETS))
     def push(self, worker: int, offset: int) -> None:
@@ -78,13 +125,13 @@ class Clocked(RuleBasedStateMachine):
             return
         step = self.pushed[key] + 1
         self.stale[key] = stale = (self.updates[offset] - self.seen[key]) / max(1, len(self.live) - 1)
-        rate = RATE * SHARES[worker] / BATCH / (max(1, stale) if self.scaled else 1)
+        rate = RATE * share_of(worker) / BATCH / (max(1, stale) if self.scaled else 1)
         here = slice(offset, offset + CHUNK)
-        mean = gradient_of(worker, step)[here] / np.float32(SHARES[worker])
+        mean = gradient_of(worker, step)[here] / np.float32(share_of(worker))
         sgd().update(self.weights[here], mean, {}, step, rate, ())
         self.pushed[key] = step
         self.updates[offset] += 1
-        self.take(self.shard.receive(push_of(worker, step, offset), 0.0))
+        self.take(self.shard.receive(push_of(worker, step, offset), self.now))
 
     @rule(worker=st.integers(0, WORKERS - 1), offset=st.sampled_from(OFFSETS))
     def repeat(self, worker: int, offset: int) -> None:
@@ -129,7 +176,8 @@ class Clocked(RuleBasedStateMachine):
             slowest = min(self.pushed[worker, offset] for worker in self.live)
             for worker in self.live:
                 may_go_on = self.pushed[worker, offset] - slowest <= self.lead
-                assert (self.answered[worker, offset] == self.pushed[worker, offset]) == may_go_on
+                # That nobody is answered too early, `take` holds: a guest may come later who is further behind.
+                assert self.answered[worker, offset] == self.pushed[worker, offset] or not may_go_on
 
 
 TestClocked = Clocked.TestCase

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 from protos.job_file import parse_job
-from worker.checked_file import write_checked
+from worker.checked_file import damage, write_checked
 from worker.checkpoint import (
     Checkpoint,
     checkpoint_path,
@@ -72,6 +73,15 @@ def test_a_bit_flipped_anywhere_or_a_byte_too_few_or_too_many_is_found(tmp_path:
     path.write_bytes(data.draw(wrong))
     with pytest.raises(CheckpointFault, match=r"a\.safetensors: is damaged: "):
         read_checkpoint(path)
+
+
+def test_metadata_that_look_like_a_digest_are_not_taken_for_it(tmp_path: Path) -> None:
+    path = tmp_path / "zeros.safetensors"
+    for other in ("0" * 64, "ab" * 32, f'"sha256":"{"0" * 64}"'):
+        write_checked(path, {"a": np.ones(3, np.float32)}, {"layout_digest": other, "z": other})
+        assert damage(path) is None
+        with safe_open(path, framework="numpy") as file:
+            assert file.metadata()["layout_digest"] == file.metadata()["z"] == other
 
 
 def test_the_safetensors_library_alone_opens_a_checkpoint(tmp_path: Path) -> None:

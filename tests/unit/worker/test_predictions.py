@@ -115,14 +115,38 @@ def test_predictions_replace_neither_the_run_nor_the_input_nor_what_is_no_file(f
     (folder / "job.yaml").write_text("kept")
     (folder / "checkpoints").mkdir()
     os.mkfifo(folder / "pipe")
-    before = {path: path.stat() for path in folder.iterdir()}
+
+    def left() -> dict[Path, tuple[int, int, int]]:  # when a file was last read may change
+        return {path: (at.st_ino, at.st_size, at.st_mtime_ns) for path in folder.iterdir() if (at := path.stat())}
+
+    before = left()
     with pytest.raises(OutputFault, match="name another file with -o"):
         predict_file(folder, folder / "a.txt", folder / name, "csv")
-    assert {path: path.stat() for path in folder.iterdir()} == before
+    assert left() == before
 
 
-def test_a_token_that_the_model_does_not_know_is_named_with_its_file(folder):
-    np.save(folder / "tokens.npy", np.full((3, 6), 256))
-    with pytest.raises(DataFault, match=r"tokens.npy: among samples 0 to 2: .* has 256 where a token is expected"):
+def test_a_token_that_the_model_does_not_know_is_named_with_its_file_and_sample(folder):
+    tokens = np.zeros((700, 6), np.int64)
+    tokens[601:, 2:] = 256
+    np.save(folder / "tokens.npy", tokens)
+    with pytest.raises(DataFault, match=r"tokens.npy: sample 601 \(counted from 0\) has 256 where a token is expected"):
         predict_file(folder, folder / "tokens.npy", folder / "a.csv")
     assert not (folder / "a.csv").exists()
+
+
+def test_the_target_column_that_a_table_still_holds_is_no_feature(tmp_path):
+    job = parse_job(
+        "{data: {train: {csv: {path: /train.csv, target: y}}}, model: [{dense: {units: 2}}],"
+        " loss: mean_squared_error, optimizer: sgd}"
+    )
+    model = Model(job.model, job.loss, (2,))
+    model.attach(np.arange(model.parameter_count, dtype=np.float32))
+    write_model(tmp_path, job, model, Preprocessing())
+    (tmp_path / "with.csv").write_text("a,y,b\n1,9,2\n3,9,4\n")
+    (tmp_path / "without.csv").write_text("a,b\n1,2\n3,4\n")
+    (tmp_path / "other.csv").write_text("a,b,z\n1,2,9\n")
+    for name in ("with", "without"):
+        predict_file(tmp_path, tmp_path / f"{name}.csv", tmp_path / f"{name}.jsonl")
+    assert (tmp_path / "with.jsonl").read_text() == (tmp_path / "without.jsonl").read_text() != ""
+    with pytest.raises(DataFault, match=r"shape \(3,\), and .* on \(2,\): leave out what is no feature, such as the t"):
+        predict_file(tmp_path, tmp_path / "other.csv", tmp_path / "other.jsonl")

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, slice_bounds
-from worker.sync.server_exchange import shard_parts
+from worker.sync.server_opening import shard_parts
 
 
 @given(elements=st.integers(0, 100_000), slices=st.integers(1, 70))

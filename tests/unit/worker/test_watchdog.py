@@ -1,5 +1,6 @@
 """A rank that makes no progress is ended and says what it was doing."""
 
+import queue
 import threading
 
 from worker.watchdog import Watchdog
@@ -18,7 +19,15 @@ def test_an_activity_that_takes_too_long_is_named() -> None:
     assert stalled.wait(timeout=10)
     watchdog.stop()
     assert "in step 7 (epoch 1)" in sentences[0]
-    assert "limits.stall_seconds (0.1)" in sentences[0]
+    assert "; another rank is stuck or gone, or limits.stall_seconds (0.1) is too short for this job" in sentences[0]
+
+
+def test_a_rank_alone_accuses_no_other() -> None:
+    sentences: queue.Queue[str] = queue.Queue()
+    watchdog = Watchdog(0.1, sentences.put, is_alone=True)
+    said = sentences.get(timeout=10)
+    watchdog.stop()
+    assert said.endswith(" while starting; limits.stall_seconds (0.1) is too short for this job")
 
 
 def test_a_rank_shows_that_it_lives_for_as_long_as_it_is_watched() -> None:

@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import NEEDS_SEQUENCE, Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -42,13 +43,14 @@ class Attention:
     positions are minus infinity, so that their softmax is 0.
     """
 
+    traits: ClassVar[Traits] = Traits(Takes.SEQUENCES, channel_bias="out_bias")
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 
     def __init__(self, options: job_pb2.AttentionLayer, input_shape: Shape) -> None:
         """ModelFault unless a sample is (time, features) and the heads divide the features."""
         if len(input_shape) != 2 or math.prod(input_shape) < 1:
-            raise ModelFault(f"got samples of shape {input_shape}, needs (time, features): put an embedding before it")
+            raise ModelFault(f"got samples of shape {input_shape}, {NEEDS_SEQUENCE}")
         self.heads = options.heads
         self.time, self.features = input_shape
         if self.heads < 1 or self.features % self.heads:

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.layers.layer import Moment, Reduce, Sums
+from worker.engine.layers.layer import Moment, Reduce, Sums, Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -31,6 +31,7 @@ class BatchNorm:
     `synchronized`. A lone value has variance 0: its output is b and its gradient 0. (Ioffe and Szegedy 2015.)
     """
 
+    traits: ClassVar[Traits] = Traits(Takes.ANYTHING, channel_bias="bias", passes_scale=True)
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine.layers import winograd
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.layers.tiles import TakesTiles, Tile, copy_from_tiles
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
@@ -41,6 +42,7 @@ class Conv2d:
     bias below it. (Chellapilla et al. 2006; known as im2col. A bias added by itself is another pass over the output.)
     """
 
+    traits: ClassVar[Traits] = Traits(Takes.IMAGES, channel_bias="bias")
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -19,6 +20,7 @@ class Dense:
     (in, out), the transpose of the document's W, the same equation reads Y = X W + b. Without a bias b is 0.
     """
 
+    traits: ClassVar[Traits] = Traits(channel_bias="bias")
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.layers.layer import Moment
+from worker.engine.layers.layer import Moment, Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -28,6 +28,7 @@ class Dropout:
     p is the rate to the nearest 1/65536, in the divisor too.
     """
 
+    traits: ClassVar[Traits] = Traits(Takes.ANYTHING, passes_scale=True)
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = True
     parameters: tuple[Parameter, ...] = ()

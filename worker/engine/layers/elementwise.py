@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine import functions
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -20,6 +21,7 @@ from worker.errors import ModelFault
 class Elementwise:
     """What they share: shapes stay, nothing is trained, one output buffer unless working in place."""
 
+    traits: Traits = Traits(Takes.ANYTHING)
     reads_output: ClassVar[bool] = True
     works_in_place: ClassVar[bool] = True
     parameters: tuple[Parameter, ...] = ()
@@ -87,6 +89,8 @@ class Tanh(Elementwise):
 class Relu(Elementwise):
     """f(x) = max(0, x)."""
 
+    traits: Traits = Traits(Takes.ANYTHING, is_rectifier=True)
+
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """The output's buffer, and where x > 0."""
         shape = (batch_size, *self.output_shape)
@@ -115,6 +119,7 @@ class LeakyRelu(Elementwise):
         if not options.HasField("alpha"):
             raise ModelFault("alpha: is absent, a resolved job has it")
         self.alpha = options.alpha
+        self.traits = Traits(Takes.ANYTHING, is_rectifier=True, slope=options.alpha)
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """Also a row of alphas, for the same reason as ReLU's zeros."""
@@ -140,6 +145,8 @@ class LeakyRelu(Elementwise):
 
 class Elu(Elementwise):
     """f(x) = x if x > 0 else alpha (e^x - 1). (Clevert et al. 2016, equation 15.)"""
+
+    traits: Traits = Traits(Takes.ANYTHING, is_rectifier=True)
 
     def __init__(self, options: job_pb2.EluLayer, input_shape: Shape) -> None:
         """ModelFault when alpha is absent: read as 0 it would quietly make this a ReLU."""

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import DataFault, ModelFault
 
@@ -19,6 +20,7 @@ from worker.errors import DataFault, ModelFault
 class Embedding:
     """y = W[token], which is e W with the row e that is 1 at the token and 0 elsewhere."""
 
+    traits: ClassVar[Traits] = Traits(Takes.TOKENS)
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

@@ -6,12 +6,14 @@ from typing import Any, ClassVar
 
 import numpy.typing as npt
 
+from worker.engine.layers.layer import Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 
 
 class Flatten:
     """y is x under another shape, and so is dL/dx: no value is touched or copied."""
 
+    traits: ClassVar[Traits] = Traits(keeps_channel_bias=True, passes_scale=True)
     # Its output is its input's memory, which the layer before may still read.
     reads_output: ClassVar[bool] = True
     works_in_place: ClassVar[bool] = False

@@ -13,6 +13,7 @@ import numpy.typing as npt
 
 from worker.engine import functions
 from worker.engine.layers.elementwise import Elementwise
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.params import FloatArray
 
 # 128 KB of float32 a buffer: those of a pass lie in L2, and a pass takes several times as long as its call.
@@ -22,6 +23,7 @@ SLICE_ELEMENTS: Final = 32768
 class Gated(Elementwise):
     """What the two share: `scratch` holds f' from forward to backward, so the output may be written over."""
 
+    traits: Traits = Traits(Takes.ANYTHING, is_rectifier=True)
     reads_output: ClassVar[bool] = False
     # Called with x, y, slope and buffers: writes f(x) to y, which may be x, and f'(x) to slope.
     evaluate: Callable[..., None]

@@ -4,6 +4,7 @@ A new layer is one message in protos/job.proto with a line in `Layer` there, and
 below and is named as the message is. Every layer is a `Layer`. One that acts otherwise in training than in evaluation
 is a `VaryingLayer` too, and one that keeps numbers which training changes without a gradient is a `StatefulLayer`: the
 model finds the methods and calls them, checkpoints, model files and the exchange between ranks follow by themselves.
+What else the model should know of it stands in its `traits`; most layers have none to state.
 
 Rules: a layer is made from its options in the job file and the shape of one incoming sample, and raises ModelFault
 where they do not fit (the model adds the place). It makes its buffers in `reserve` and allocates nothing big
@@ -12,7 +13,8 @@ batch may be empty: of ranks that compute something together some may have no sa
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol, TypeAlias, runtime_checkable
+from enum import Enum
+from typing import Any, ClassVar, Final, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +36,45 @@ class Moment(NamedTuple):
     step: int  # from 1
     first: int  # place in the global batch of this rank's first sample
     path: tuple[int, ...] = ()  # index of the layer; within a residual, of that layer and of the one inside
+
+
+# What a layer that takes nothing else says of another sample.
+NEEDS_SEQUENCE: Final = (
+    "needs (time, features): store samples with these two axes, or put an embedding before it where they are tokens"
+)
+
+
+class Takes(Enum):
+    """What a sample is to a layer."""
+
+    ANYTHING = 0  # each value, or each channel, by itself: the sample keeps its shape
+    IMAGES = 1  # (height, width, channels)
+    SEQUENCES = 2  # its last axis holds what belongs together, such as (time, features)
+    TOKENS = 3  # whole numbers, which no gradient can be passed on to: it is the model's first layer
+    ROWS = 4  # whatever its shape, it could as well be one row
+
+
+class Traits(NamedTuple):
+    """What those that arrange layers, or draw their weights, may know of one. Stated where it is not the default."""
+
+    takes: Takes = Takes.ROWS
+    # The parameter that adds one number to each channel of the output.
+    channel_bias: str = ""
+    # A number added to a whole channel is handed on as it is.
+    keeps_channel_bias: bool = False
+    # It cuts or damps negative values as ReLU does: weights in front of it are drawn as He et al. advise.
+    is_rectifier: bool = False
+    # Of a rectifier, for negative values.
+    slope: float = 0.0
+    # It may stand between weights and their rectifier: it moves, picks or averages values, or normalizes each channel
+    # by itself, after which one size of weight is as good as another.
+    passes_scale: bool = False
+
+
+def traits_of(layer: object) -> Traits:
+    """Those a layer, or its class, states, or the defaults."""
+    traits: Traits = getattr(layer, "traits", Traits())
+    return traits
 
 
 class Layer(Protocol):

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -21,15 +22,21 @@ BLOCK_ELEMENTS = 1 << 15  # 128 KB of float32
 class LayerNorm:
     """y_j = w_j xhat_j + b_j, xhat_j = (x_j - mean(x)) / sqrt(var(x) + epsilon). (Ba, Kiros and Hinton 2016.)"""
 
+    traits: ClassVar[Traits] = Traits(Takes.SEQUENCES, channel_bias="bias")
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = True
 
     def __init__(self, options: job_pb2.LayerNormLayer, input_shape: Shape) -> None:
-        """ModelFault when there is nothing to normalize, or epsilon is absent: read as 0 it would divide by 0."""
+        """ModelFault where there are not several values to normalize, or no epsilon: as 0 it would divide by 0."""
         if not options.HasField("epsilon"):
             raise ModelFault("epsilon: is absent, a resolved job has it")
         if math.prod(input_shape) < 1 or not input_shape:
             raise ModelFault(f"got samples of shape {input_shape}, which hold no values; needs at least one")
+        if input_shape[-1] == 1:
+            raise ModelFault(
+                f"got samples of shape {input_shape}, and normalizes the last axis, where one value alone becomes 0 "
+                "whatever it was: put flatten before it, or a layer that makes more of it"
+            )
         self.epsilon = options.epsilon
         self.output_shape: Shape = input_shape
         self.units = input_shape[-1]

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -15,6 +16,7 @@ from worker.errors import ModelFault
 class Linear:
     """Y = X W + b with the positions of all samples as rows of X; `dense` takes a sample as one row instead."""
 
+    traits: ClassVar[Traits] = Traits(Takes.SEQUENCES, channel_bias="bias")
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

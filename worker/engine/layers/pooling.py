@@ -11,6 +11,7 @@ from typing import Any, ClassVar, Final
 import numpy as np
 import numpy.typing as npt
 
+from worker.engine.layers.layer import Takes, Traits
 from worker.engine.layers.tiles import Tile
 from worker.engine.layers.window import require_image, slide
 from worker.engine.params import FloatArray, Parameter, Shape
@@ -22,6 +23,7 @@ SLICE_BYTES: Final = 512 * 1024
 class Untrained:
     """What the three share."""
 
+    traits: ClassVar[Traits] = Traits(Takes.IMAGES, keeps_channel_bias=True, passes_scale=True)
     works_in_place: ClassVar[bool] = False
     parameters: tuple[Parameter, ...] = ()
 

@@ -8,6 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
+from worker.engine.layers.layer import NEEDS_SEQUENCE, Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -15,13 +16,14 @@ from worker.errors import ModelFault
 class Positions:
     """y_t = x_t + p_t: what tells attention, which sees a set, where in the sequence a row stands."""
 
+    traits: ClassVar[Traits] = Traits(Takes.SEQUENCES)
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = True
 
     def __init__(self, options: job_pb2.PositionsLayer, input_shape: Shape) -> None:
         """ModelFault unless a sample is (time, features)."""
         if len(input_shape) != 2 or math.prod(input_shape) < 1:
-            raise ModelFault(f"got samples of shape {input_shape}, needs (time, features): put an embedding before it")
+            raise ModelFault(f"got samples of shape {input_shape}, {NEEDS_SEQUENCE}")
         self.output_shape: Shape = input_shape
         # As for an embedding: a position is one live input.
         self.parameters: tuple[Parameter, ...] = (Parameter("weight", input_shape, fan_in=1, fan_out=input_shape[-1]),)

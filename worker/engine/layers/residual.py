@@ -8,7 +8,7 @@ import numpy.typing as npt
 
 from protos import job_pb2
 from worker.engine import chain  # the module: it needs the table of layers, which needs this file
-from worker.engine.layers.layer import Finished, Moment, Reduce, Sums
+from worker.engine.layers.layer import Finished, Moment, Reduce, Sums, Takes, Traits
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
@@ -16,6 +16,7 @@ from worker.errors import ModelFault
 class Residual:
     """y = x + F(x) (He et al. 2016). Its parameters are those inside, under names such as `0.dense.weight`."""
 
+    traits: ClassVar[Traits] = Traits(Takes.ANYTHING)
     reads_output: ClassVar[bool] = False
     works_in_place: ClassVar[bool] = False
 

@@ -66,10 +66,12 @@ class BinaryCrossEntropy:
         """Probabilities: sigmoid of the logits."""
         functions.sigmoid(outputs, out=outputs)
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
         """Values from 0 to 1, as many as outputs."""
-        check_values(targets, self.units, place)
+        check_values(targets, self.units, place, first)
         outside = ((targets < 0) | (targets > 1)).any(axis=1)
         if outside.any():
             row = int(np.argmax(outside))
-            raise DataFault(f"{place}: sample {row} has a target outside 0 to 1, which binary_cross_entropy needs")
+            raise DataFault(
+                f"{place}: sample {first + row} has a target outside 0 to 1, which binary_cross_entropy needs"
+            )

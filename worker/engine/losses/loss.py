@@ -39,8 +39,8 @@ class Loss(Protocol):
     def predict(self, outputs: FloatArray) -> None:
         """Turn outputs into what a person wants to see, in place: probabilities for the cross-entropies."""
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
-        """DataFault when some target cannot belong to these outputs."""
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
+        """DataFault when some target cannot belong to these outputs; `first` is the number of the first sample."""
 
 
 def require_row(output_shape: Shape) -> int:
@@ -50,11 +50,11 @@ def require_row(output_shape: Shape) -> int:
     return output_shape[0]
 
 
-def check_values(targets: npt.NDArray[Any], units: int, place: str) -> None:
+def check_values(targets: npt.NDArray[Any], units: int, place: str, first: int = 0) -> None:
     """DataFault unless targets are finite values (n, units)."""
     if targets.ndim != 2 or targets.shape[1] != units:
         got = targets.shape[1] if targets.ndim == 2 else f"shape {targets.shape[1:]}"
         raise DataFault(f"{place}: {got} target values a sample, but the model has {units} outputs")
     if not np.isfinite(targets).all():
         row = int(np.argmin(np.isfinite(targets).all(axis=1)))
-        raise DataFault(f"{place}: the target of sample {row} is not a finite number")
+        raise DataFault(f"{place}: the target of sample {first + row} is not a finite number")

@@ -41,9 +41,9 @@ class MeanSquaredError:
     def predict(self, outputs: FloatArray) -> None:
         """The outputs are the prediction."""
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
         """Finite values, as many as outputs."""
-        check_values(targets, self.units, place)
+        check_values(targets, self.units, place, first)
 
 
 class Huber:
@@ -87,9 +87,9 @@ class Huber:
     def predict(self, outputs: FloatArray) -> None:
         """The outputs are the prediction."""
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
         """Finite values, as many as outputs."""
-        check_values(targets, self.units, place)
+        check_values(targets, self.units, place, first)
 
 
 class MeanAbsoluteError:
@@ -120,6 +120,6 @@ class MeanAbsoluteError:
     def predict(self, outputs: FloatArray) -> None:
         """The outputs are the prediction."""
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
         """Finite values, as many as outputs."""
-        check_values(targets, self.units, place)
+        check_values(targets, self.units, place, first)

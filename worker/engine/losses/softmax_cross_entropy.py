@@ -124,20 +124,22 @@ class SoftmaxCrossEntropy:
         rows = outputs.reshape(-1, self.units)
         functions.softmax(rows, out=rows)
 
-    def check_targets(self, targets: npt.NDArray[Any], place: str) -> None:
+    def check_targets(self, targets: npt.NDArray[Any], place: str, first: int = 0) -> None:
         """Whole numbers from 0 to units - 1, one a sample or as many as positions."""
         wanted = () if self.positions is None else (self.positions,)
         if targets.shape[1:] != wanted or not np.issubdtype(targets.dtype, np.integer):
             needed = "one label a sample" if self.positions is None else f"{self.positions} labels a sample"
             raise DataFault(
-                f"{place}: targets are {targets.dtype} of shape {targets.shape}, and the loss needs {needed}: "
-                "give class numbers 0, 1, 2, ... (are features and targets exchanged?)"
+                f"{place}: targets are {targets.dtype} of shape {targets.shape[1:]} a sample, and the loss needs "
+                f"{needed}: give class numbers 0, 1, 2, ... (are features and targets exchanged?)"
             )
+        if np.iinfo(targets.dtype).min == 0 and np.iinfo(targets.dtype).max < self.units:
+            return  # no value of the type is outside, and a text larger than memory need not be read
         outside = (targets < 0) | (targets >= self.units)
         if outside.any():
-            first = tuple(int(index) for index in np.unravel_index(int(np.argmax(outside)), targets.shape))
-            where = f"sample {first[0]}" + ("" if self.positions is None else f", position {first[1]}")
+            row, *position = (int(index) for index in np.unravel_index(int(np.argmax(outside)), targets.shape))
+            where = f"sample {first + row}" + "".join(f", position {number}" for number in position)
             raise DataFault(
-                f"{place}: label {targets[first]} of {where} is not among 0 to {self.units - 1},"
+                f"{place}: label {targets[(row, *position)]} of {where} is not among 0 to {self.units - 1},"
                 f" the {self.units} outputs of the model: give the last dense layer more units or correct the label"
             )
