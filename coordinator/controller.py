@@ -260,7 +260,7 @@ class Controller:
                 self._metrics.reported(job.id, self._store.add_reports(job.id, job.attempt, reports), ())
         if job.state is JobState.CANCELLING:
             return jobs.Stopped("cancelled; its ranks have ended")
-        if run.ending is not None:
+        if run.ending is not None and not (exit_code == ExitCode.DONE and isinstance(run.ending, jobs.Lost)):
             return run.ending
         if exit_code == ExitCode.DONE:
             try:

@@ -47,6 +47,7 @@ from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
 from protos.urls import is_url
 
+STOP_LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
 LOCK = "lock"
 ADDRESS = "address"  # where workers find the coordinator that is there now; they outlive one
@@ -109,7 +110,7 @@ def serve(
         settings = read_settings(listen, http, state, data_roots, slots, store, limits)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
-            coordinator.ends_jobs = stop.get() != signal.SIGTERM
+            coordinator.ends_jobs = _first(stop) != signal.SIGTERM
     except CannotServe as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
@@ -117,6 +118,13 @@ def serve(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return ExitCode.DONE
+
+
+def _first(stop: queue.SimpleQueue[int]) -> int:
+    """The first signal. In short waits: one that comes just before a wait begins does not end it."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return stop.get(timeout=STOP_LOOK_SECONDS)
 
 
 def read_settings(
