@@ -283,6 +283,26 @@ def cancel(job_id: JobArgument, server: ServerOption = LISTEN, output_format: Fo
 
 
 @app.command()
+def pause(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+    """Let a job write a checkpoint and give its slots back; `resume` goes on with it."""
+    from coordinator.presentation import json_line, state_line
+
+    with _connect(server) as client:
+        job = client.pause(job_id)
+    print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
+
+
+@app.command()
+def resume(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+    """Queue a paused job again; it goes on from its checkpoint."""
+    from coordinator.presentation import json_line, state_line
+
+    with _connect(server) as client:
+        job = client.resume(job_id)
+    print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
+
+
+@app.command()
 def pull(
     job_id: JobArgument,
     output: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Where to; runs/ID.")] = None,

@@ -1,15 +1,17 @@
 """Rank 0's line to the coordinator: reports leave in the background and never hold up a step.
 
-The coordinator may be away for a while: reports wait and are sent again. What can't be delivered by the end stays in
-metrics.jsonl all the same, and the log says how much it was.
+The coordinator may be away for a while: reports wait and are sent again, to where it says it is when it is back. What
+can't be delivered by the end stays in metrics.jsonl, from which the coordinator takes it, and the log says so.
 """
 
 from __future__ import annotations
 
+import contextlib
 import queue
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from protos import environment
@@ -17,6 +19,9 @@ from protos import environment
 Item = tuple[dict[str, Any] | None, list[dict[str, Any]]]
 CALL_SECONDS = 5.0  # deadline of one call
 RETRY_SECONDS = 0.5
+BATCH = 1000  # items in one call: what piles up while the coordinator is away may be more than gRPC takes at once
+# Left to itself gRPC looks ever more seldom, in the end every two minutes, whether somebody answers again.
+CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 CLOSE_SECONDS = 10.0  # how long the end of a job waits for the last reports to leave
 
 
@@ -26,13 +31,16 @@ class CoordinatorClient:
     Args:
         address: host:port of the CoordinatorService.
         token: the job's own, shown on every call.
+        address_file: says the address anew when the coordinator came back at another; None: it never does.
     """
 
-    def __init__(self, address: str, job_id: str, attempt: int, token: str) -> None:
+    def __init__(self, address: str, job_id: str, attempt: int, token: str, address_file: Path | None = None) -> None:
         self._address = address
+        self._address_file = address_file
         self._job_id = job_id
         self._attempt = attempt
         self._metadata = (("authorization", f"Bearer {token}"),)
+        self._channel: Any = None  # grpc.Channel
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -53,31 +61,49 @@ class CoordinatorClient:
             )
 
     def _run(self) -> None:
+        ended = False
+        try:
+            while not ended:
+                batch, ended = self._next_batch()
+                if batch:
+                    ended |= not self._deliver(batch)
+        finally:
+            if self._channel is not None:
+                self._channel.close()
+
+    def _stub(self) -> Any:
+        """Of the coordinator where it is now."""
         import grpc
 
         from protos import coordinator_pb2_grpc
 
-        with grpc.insecure_channel(self._address) as channel:
-            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)  # type: ignore[no-untyped-call]  # generated
-            ended = False
-            while not ended:
-                batch, ended = self._next_batch()
-                if batch:
-                    ended |= not self._deliver(stub, batch)
+        address = self._address
+        if self._address_file is not None:
+            with contextlib.suppress(OSError):  # the state folder may be away; what was known last is as good
+                address = self._address_file.read_text().strip() or address
+        if self._channel is not None and address != self._address:
+            self._channel.close()
+            self._channel = None
+        if self._channel is None:
+            self._address = address
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        return coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     def _next_batch(self) -> tuple[list[Item], bool]:
-        """Everything that waits, at least one; and whether it is the last."""
+        """What waits, at least one; and whether it is the last."""
         batch: list[Item] = []
         item = self._queue.get()
         while item is not None:
             batch.append(item)
+            if len(batch) == BATCH:
+                return batch, False
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return batch, False
         return batch, True
 
-    def _deliver(self, stub: Any, batch: list[Item]) -> bool:
+    def _deliver(self, batch: list[Item]) -> bool:
         """Try until the coordinator has answered; False when it never will."""
         import grpc
         from google.protobuf import json_format
@@ -94,7 +120,7 @@ class CoordinatorClient:
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
         while tries_after_closing > 0:
             try:
-                stub.ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
+                self._stub().ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
                 return True
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -102,6 +128,8 @@ class CoordinatorClient:
                     return False
             if self._closing.wait(RETRY_SECONDS):
                 tries_after_closing -= 1
+        waiting = len(request.reports)
+        print(f"the coordinator at {self._address} did not take the last reports, {waiting} or more", flush=True)
         return False
 
 
@@ -115,4 +143,5 @@ def connect(settings: Mapping[str, str]) -> CoordinatorClient | None:
         settings[environment.JOB_ID],
         int(settings[environment.JOB_ATTEMPT]),
         settings[environment.JOB_TOKEN],
+        Path(file) if (file := settings.get(environment.COORDINATOR_ADDRESS_FILE)) else None,
     )
