@@ -115,6 +115,8 @@ def test_no_job_is_lost_or_run_twice_by_a_coordinator_killed_at_random_instants(
         process.send_signal(signal.SIGKILL)
         process.communicate(timeout=CALL_SECONDS)
         process, _ = start()
+    assert process.stdout is not None
+    assert process.stdout.readline(), (tmp_path / "errors").read_text()
     submitter.enough.set()
     submitter.join(END_SECONDS)
     assert not submitter.is_alive()

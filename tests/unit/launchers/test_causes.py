@@ -154,10 +154,8 @@ def test_no_log_folder_at_all_is_still_explained(tmp_path):
 
 
 def test_what_an_earlier_attempt_said_is_not_why_the_last_one_ended(explained, tmp_path) -> None:
-    assert (
-        explained(137, "rank_killed", {0: "step 1\nerror: rank 0 of 2 on here: the disk is full"}).reason
-        == "RankFailed"
-    )
+    said = {0: "step 1\nerror: rank 0 of 2 on here: the disk is full"}
+    assert explained(137, "rank_killed", said).reason == "RankKilled"
     begin_attempt(tmp_path, 2)
     assert (tmp_path / "rank-0.log").read_text().endswith("the disk is full\n=== attempt 2 ===\n")
     with (tmp_path / "rank-0.log").open("a") as log:
