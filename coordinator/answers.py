@@ -38,6 +38,7 @@ STATUS_CODES: dict[str, grpc.StatusCode] = {
     "LimitExceeded": grpc.StatusCode.RESOURCE_EXHAUSTED,
     "NoOutput": grpc.StatusCode.FAILED_PRECONDITION,
     "NoSuchRank": grpc.StatusCode.INVALID_ARGUMENT,
+    "NotPossibleNow": grpc.StatusCode.FAILED_PRECONDITION,
     "RequestIdReused": grpc.StatusCode.ALREADY_EXISTS,
     "RoleNotAllowed": grpc.StatusCode.PERMISSION_DENIED,
     "StoreUnavailable": grpc.StatusCode.UNAVAILABLE,

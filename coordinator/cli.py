@@ -291,6 +291,28 @@ def cancel(connect: Connect, job_id: JobArgument, output_format: FormatOption = 
 
 @app.command()
 @asks_coordinator
+def pause(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
+    """Let a job write a checkpoint and give its slots back; `resume` goes on with it."""
+    from coordinator.presentation import json_line, state_line
+
+    with connect() as client:
+        job = client.pause(job_id)
+    print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
+
+
+@app.command()
+@asks_coordinator
+def resume(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
+    """Queue a paused job again; it goes on from its checkpoint."""
+    from coordinator.presentation import json_line, state_line
+
+    with connect() as client:
+        job = client.resume(job_id)
+    print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
+
+
+@app.command()
+@asks_coordinator
 def pull(
     connect: Connect,
     job_id: JobArgument,

@@ -89,6 +89,14 @@ class Client:
         job: job_pb2.Job = self._call(self._stub.CancelJob, coordinator_pb2.CancelJobRequest(job_id=job_id)).job
         return job
 
+    def pause(self, job_id: str) -> job_pb2.Job:
+        job: job_pb2.Job = self._call(self._stub.PauseJob, coordinator_pb2.PauseJobRequest(job_id=job_id)).job
+        return job
+
+    def resume(self, job_id: str) -> job_pb2.Job:
+        job: job_pb2.Job = self._call(self._stub.ResumeJob, coordinator_pb2.ResumeJobRequest(job_id=job_id)).job
+        return job
+
     def metrics(self, job_id: str) -> list[job_pb2.Report]:
         """Every report so far; one answer holds only so many, so it is asked until there are no later ones."""
         reports: list[job_pb2.Report] = []

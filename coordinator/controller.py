@@ -1,8 +1,9 @@
 """The only loop: observes launched jobs, decides, persists, acts.
 
 Rules: a job's state changes under one lock and is on disk before anyone is told or any process is touched. A call
-(submit, cancel, report) only writes down what is wanted or was seen; the loop makes it so. What happens to a launched
-job is decided when its processes are gone, never before, so that its slots are free when they are given away.
+(submit, pause, cancel, report) only writes down what is wanted or was seen; the loop makes it so. What happens to a
+launched job is decided when its processes are gone, never before, so that its slots are free when they are given away.
+This process may be killed between any two of these steps: the next coordinator takes over what it finds (takeover.py).
 """
 
 from __future__ import annotations
@@ -12,25 +13,25 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import NamedTuple, Protocol
 
-from coordinator import auth, jobs
+from coordinator import auth, jobs, recovery
 from coordinator.changes import Changes
 from coordinator.database import StoreUnavailable
-from coordinator.folders import JobFolder, SummaryUnreadable, job_folder
-from coordinator.jobs import LAUNCHED, Event, Job, JobState
-from coordinator.launchers.local import Cause, LauncherMissing
-from coordinator.leftovers import end_leftovers, identify
+from coordinator.folders import SummaryUnreadable, job_folder
+from coordinator.jobs import LAUNCHED, PLACED, Event, Job, JobState
+from coordinator.launchers.local import LauncherMissing
 from coordinator.metrics import Metrics
 from coordinator.quotas import check_queue
 from coordinator.refusals import Refused, no_such_job
 from coordinator.retention import Retention
+from coordinator.runs import Launcher, Run
 from coordinator.scheduler import Action, Capacity, GiveUp, Start, Wait, decide
 from coordinator.store import Store
+from coordinator.takeover import take_over, unreported
 from protos import coordinator_pb2, job_pb2
+from protos.exit_codes import ExitCode
 
 POLL_SECONDS = 0.05  # how soon the end of a process is seen; with nothing launched the loop sleeps until it is woken
 RETRY_SECONDS = 1.0  # after a fault of the loop itself, or of the store
@@ -38,34 +39,8 @@ RETRY_SECONDS = 1.0  # after a fault of the loop itself, or of the store
 log = logging.getLogger("paceline.controller")
 
 
-class Running(Protocol):
-    """A started launch (launchers.local.Running)."""
-
-    pid: int
-
-    def poll(self) -> int | None: ...
-
-    def terminate(self, grace_seconds: float) -> int: ...
-
-
-class Launcher(NamedTuple):
-    """What the controller needs of a launcher."""
-
-    start: Callable[[Job, str, JobFolder], Running]  # the job, its token, its folder; OSError or LauncherMissing
-    explain: Callable[[int, Path], Cause]  # exit code and log folder
-
-
-@dataclass
-class _Run:
-    """A launched job's processes, and the end that was decided for them when it is not their own."""
-
-    running: Running
-    ending: jobs.Broke | None = None
-    stopper: threading.Thread | None = None
-
-
 class Controller:
-    """The state of every job that has not ended. Threads may call submit, cancel, report and stop."""
+    """The state of every job that has not ended. Threads may call everything but start."""
 
     def __init__(
         self,
@@ -90,8 +65,9 @@ class Controller:
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._stopping = False
+        self._ends_jobs = True  # when it stops
         self._jobs: dict[str, Job] = {}  # open jobs, in the order of submission
-        self._runs: dict[str, _Run] = {}
+        self._runs: dict[str, Run] = {}
         self._queue_changed = True  # since the queue was last looked at
         self._served: dict[str, datetime] = {}  # when a job of each owner was last launched
         self._retention = Retention(store, state, clock)
@@ -130,12 +106,29 @@ class Controller:
 
     def cancel(self, job_id: str) -> Job:
         """Ask for the job's end; asking again is no fault until it has ended."""
+        return self._ask(job_id, jobs.CancelAsked(), "there is nothing left to cancel")
+
+    def pause(self, job_id: str) -> Job:
+        """Ask that its ranks write a checkpoint and leave; asking again is no fault."""
+        return self._ask(job_id, jobs.PauseAsked(), "there is nothing left to pause")
+
+    def resume(self, job_id: str) -> Job:
+        """Queue a paused job again."""
+        return self._ask(job_id, jobs.ResumeAsked(), "only a paused job can be resumed")
+
+    def _ask(self, job_id: str, event: Event, consequence: str) -> Job:
         with self._lock:
-            job = self._open(job_id, "there is nothing left to cancel")
-            if job.state is not JobState.CANCELLING:
-                job = self._move(job, jobs.CancelAsked())
-                self._wake.set()
-            return job
+            if (job := self._jobs.get(job_id)) is None:
+                if (ended := self._store.get(job_id)) is None:
+                    raise no_such_job(job_id)
+                raise Refused("JobEnded", f"job {job_id} is {ended.state}: {consequence}")
+            try:
+                moved = self._move(job, event)
+            except jobs.IllegalMove as fault:
+                words = f"{job.state}, being paused" if job.pausing else job.state
+                raise Refused("NotPossibleNow", f"job {job_id} is {words}: {consequence}") from fault
+            self._wake.set()
+            return moved
 
     def report(
         self,
@@ -158,48 +151,41 @@ class Controller:
             new = self._store.add_reports(job_id, attempt, reports)
             self._metrics.reported(job_id, new, ranks)
             if job.state is JobState.STARTING:
+                if (seconds := recovery.recovery_seconds(job, self._clock())) is not None:
+                    self._metrics.recovered(seconds)
                 self._move(job, jobs.Reported())
             elif new:
                 self._changes.ring()
 
-    def _open(self, job_id: str, consequence: str) -> Job:
-        if (job := self._jobs.get(job_id)) is not None:
-            return job
-        if (ended := self._store.get(job_id)) is None:
-            raise no_such_job(job_id)
-        raise Refused("JobEnded", f"job {job_id} is {ended.state}: {consequence}")
-
     # --------------------------------------------------------------------------------------------------- life and loop
 
     def start(self) -> None:
-        """Bring the jobs of an earlier coordinator to an honest state, then begin to work."""
+        """Take over the jobs of an earlier coordinator, then begin to work."""
         with self._lock:
             for job in self._store.open_jobs():
                 self._jobs[job.id] = job
-                if job.state is not JobState.QUEUED:
-                    self._settle(job)
+                if job.state not in LAUNCHED:
+                    continue
+                found = take_over(job, self._launcher, job_folder(self._state, job.id), self._grace_seconds)
+                if isinstance(found, tuple):
+                    self._move(job, found)
+                    continue
+                log.info("job %s: %s: taken over from an earlier coordinator", job.id, job.state)
+                self._runs[job.id] = Run(found, adopted=True)
+            for job_id, report in self._store.newest_reports(self._jobs).items():
+                self._metrics.known(job_id, report)
         self._thread.start()
 
-    def _settle(self, job: Job) -> None:
-        """End a job whose launcher was another coordinator's child: nobody can tell its exit code any more."""
-        try:
-            count = end_leftovers(job, self._grace_seconds)
-            found = f"{count} of its processes were still there and were ended" if count else "its processes were gone"
-        except TimeoutError as fault:
-            found = str(fault)
-        if job.state is JobState.CANCELLING:
-            self._move(job, jobs.Stopped(f"cancelled; {found} when the coordinator came back"))
-        else:
-            message = f"the coordinator was killed while this job was {job.state}; {found}: submit it again"
-            self._move(job, jobs.Broke("CoordinatorRestarted", message))
-
-    def stop(self) -> None:
-        """End every launched job, then the loop. Queued jobs stay queued for the next start."""
-        broke = jobs.Broke("CoordinatorStopped", "the coordinator was stopped while this job ran: submit it again")
+    def stop(self, end_jobs: bool = True) -> None:
+        """End the loop, and before it every launched job unless those are left to the next coordinator."""
+        message = (
+            "the coordinator was stopped while this job ran; the next one launches it again, from its newest checkpoint"
+        )
         with self._lock:
-            self._stopping = True
-            for run in self._runs.values():
-                run.ending = run.ending or broke
+            self._stopping, self._ends_jobs = True, end_jobs
+            for job_id, run in self._runs.items():
+                if end_jobs and not self._jobs[job_id].pausing:
+                    run.ending = run.ending or jobs.Lost(recovery.COORDINATOR_STOPPED, message)
         self._wake.set()
         if self._thread.ident is None:  # start() failed
             return
@@ -217,10 +203,11 @@ class Controller:
                     self._observe()
                     self._decide()
                     self._stop_unwanted()
-                    self._metrics.slots_used(sum(job.slots for job in self._jobs.values() if job.id in self._runs))
-                    if self._stopping and not self._runs:
+                    self._metrics.slots_used(sum(job.slots for job in self._jobs.values() if job.state in PLACED))
+                    if self._stopping and not (self._runs and self._ends_jobs):
                         return
-                    launched = bool(self._runs)
+                    restarting = any(job.state is JobState.RESTARTING for job in self._jobs.values())
+                    watched = bool(self._runs) or restarting
                 until_sweep_seconds = self._retention.sweep()  # beside the lock: a folder may be large
                 if self.fault is not None:
                     log.info("the controller's loop goes on")
@@ -236,7 +223,7 @@ class Controller:
                 self.fault = f"{type(fault).__name__}: {fault}"
                 time.sleep(RETRY_SECONDS)
                 continue
-            self._wake.wait(POLL_SECONDS if launched else until_sweep_seconds)
+            self._wake.wait(POLL_SECONDS if watched else until_sweep_seconds)
 
     def _take_in_unsure(self) -> None:
         """Queue what was stored although its submitter was told that the store had gone away."""
@@ -254,7 +241,7 @@ class Controller:
             job = self._jobs[job_id]
             try:
                 exit_code = run.running.poll()
-                if exit_code is None or (run.stopper is not None and run.stopper.is_alive()):
+                if exit_code is None or run.busy:
                     continue
                 end = self._end(job, run, exit_code)
             except TimeoutError as fault:  # the launcher ended and a rank cannot be killed: stuck in the kernel
@@ -263,21 +250,31 @@ class Controller:
             self._move(job, end)
             del self._runs[job_id]
 
-    def _end(self, job: Job, run: _Run, exit_code: int) -> Event:
+    def _end(self, job: Job, run: Run, exit_code: int) -> Event:
         """What the end of a job's processes means."""
+        folder = job_folder(self._state, job.id)
+        if run.adopted:  # some of its reports may have found nobody to take them
+            for reports in unreported(folder):
+                self._metrics.reported(job.id, self._store.add_reports(job.id, job.attempt, reports), ())
         if job.state is JobState.CANCELLING:
             return jobs.Stopped("cancelled; its ranks have ended")
-        if run.ending is not None:
+        if run.ending is not None and not (exit_code == ExitCode.DONE and isinstance(run.ending, jobs.Lost)):
             return run.ending
-        folder = job_folder(self._state, job.id)
-        if exit_code == 0:
+        if exit_code == ExitCode.DONE:
             try:
                 return jobs.Finished(folder.summary())
             except SummaryUnreadable as fault:
                 return jobs.Broke("NoSummary", f"{fault}; `paceline logs {job.id}` shows what its ranks said")
+        if exit_code == ExitCode.INTERRUPTED:
+            if job.pausing:
+                return jobs.Paused("paused; its ranks wrote a checkpoint and left")
+            return recovery.after_loss(job, "Interrupted", "a rank was told to end by a signal, and all left")
         cause = self._launcher.explain(exit_code, folder.logs)
+        if job.pausing and recovery.is_retried(cause.reason, cause.message, cause.exit_code):
+            return jobs.Paused("paused without another checkpoint: " + cause.message)
         last_lines = "".join(f"\n  {line}" for line in cause.last_lines)
-        return jobs.Broke(cause.reason, cause.message + (f"\nlast log lines:{last_lines}" if last_lines else ""))
+        message = cause.message + (f"\nlast log lines:{last_lines}" if last_lines else "")
+        return recovery.after_loss(job, cause.reason, message, cause.exit_code)
 
     # --------------------------------------------------------------------------------------------------- decide and act
 
@@ -285,7 +282,7 @@ class Controller:
         if self._stopping:
             return
         # A long queue is looked at when something has changed; a deadline passes without that.
-        looked_at = [job for job in self._jobs.values() if self._queue_changed or job.state in LAUNCHED]
+        looked_at = [job for job in self._jobs.values() if self._queue_changed or job.state in PLACED]
         self._queue_changed = False
         try:
             self._act(decide(self._clock(), looked_at, self._capacity, self._served))
@@ -317,9 +314,10 @@ class Controller:
     def _launch(self, job: Job) -> None:
         token = auth.new_token()
         now = self._clock()
-        job = self._move(job, jobs.Admitted(token.digest))
+        if job.state is JobState.QUEUED:
+            self._metrics.started((now - job.state_time).total_seconds())
         self._served[job.owner] = now
-        self._metrics.started((now - job.create_time).total_seconds())
+        job = self._move(job, jobs.Admitted(token.digest))
         folder = job_folder(self._state, job.id)
         try:
             folder.create(job)
@@ -328,28 +326,23 @@ class Controller:
             self._move(job, jobs.Broke("LaunchFailed", f"could not be launched: {fault}"))
             self._wake.set()
             return
-        self._runs[job.id] = _Run(running)
-        if (process := identify(running.pid)) is not None:  # None: it ended already, and is observed next round
-            self._move(job, jobs.Launched(process))
+        self._runs[job.id] = Run(running)
+        self._move(job, jobs.Launched(running.process))
 
     def _stop_unwanted(self) -> None:
         for job_id, run in self._runs.items():
-            unwanted = run.ending is not None or self._jobs[job_id].state is JobState.CANCELLING
-            if unwanted and run.stopper is None:
-                run.stopper = threading.Thread(target=self._terminate, args=(job_id, run.running), daemon=True)
-                run.stopper.start()
-
-    def _terminate(self, job_id: str, running: Running) -> None:
-        """Wait for a job's processes to end, beside the loop: other jobs go on meanwhile."""
-        try:
-            running.terminate(self._grace_seconds)
-        except TimeoutError as fault:
-            log.error("job %s will not end: %s", job_id, fault)
-        self._wake.set()
+            job = self._jobs[job_id]
+            stopping = self._stopping and self._ends_jobs
+            if run.ending is not None or job.state is JobState.CANCELLING or stopping:
+                run.end(job, self._grace_seconds, self._wake.set)
+            elif job.pausing:
+                run.pause(job, self._grace_seconds, self._wake.set)
 
     def _move(self, job: Job, event: Event) -> Job:
         """Advance, persist, tell."""
         moved = jobs.advance(job, event, self._clock())
+        if moved is job:
+            return job
         self._store.save(moved)
         if moved.state is not job.state:
             self._queue_changed = True

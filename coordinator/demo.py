@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.resources
 import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -87,7 +88,7 @@ def _coordinator(state: Path, slots: int) -> Iterator[tuple[str, str]]:
     try:
         yield _wait_until_ready(process, log)
     finally:
-        process.terminate()
+        process.send_signal(signal.SIGINT)  # SIGTERM would leave jobs running
         try:
             process.wait(STOP_SECONDS)
         except subprocess.TimeoutExpired:

@@ -34,9 +34,18 @@ class JobFolder:
     def output(self) -> Path:
         return self.path / "output"
 
+    @property
+    def metrics(self) -> Path:
+        return self.output / "metrics.jsonl"
+
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether an attempt got far enough to leave one, good or damaged."""
+        return any((self.output / "checkpoints").glob("step-*.safetensors"))
+
     def create(self, job: Job) -> None:
         """Make the folder and write the job file into it; the output folder is the worker's to make."""
-        self.logs.mkdir(parents=True)
+        self.logs.mkdir(parents=True, exist_ok=True)
         self.job_file.write_text(to_yaml(job.spec), encoding="utf-8")
 
     def summary(self) -> job_pb2.Summary:
@@ -49,6 +58,13 @@ class JobFolder:
             raise SummaryUnreadable("the launcher ended well but left no summary.json") from None
         except (OSError, UnicodeDecodeError, json_format.ParseError) as fault:
             raise SummaryUnreadable(f"the launcher ended well but its summary.json cannot be read: {fault}") from fault
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Readers find the old text or the new one."""
+    draft = path.with_name(f"{path.name}.new")
+    draft.write_text(text, encoding="utf-8")
+    draft.replace(path)
 
 
 def job_folder(state: Path, job_id: str) -> JobFolder:

@@ -24,13 +24,17 @@ class JobState(StrEnum):
     QUEUED = "QUEUED"
     STARTING = "STARTING"
     RUNNING = "RUNNING"
+    PAUSED = "PAUSED"
+    RESTARTING = "RESTARTING"
     CANCELLING = "CANCELLING"
     CANCELLED = "CANCELLED"
     SUCCEEDED = "SUCCEEDED"
     FAILED = "FAILED"
 
 
-LAUNCHED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.CANCELLING})  # these hold their slots
+LAUNCHED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.CANCELLING})  # these have processes
+PLACED = LAUNCHED | {JobState.RESTARTING}  # these hold their slots
+PAUSE_REQUESTED = "PauseRequested"
 ENDED = frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED})
 
 
@@ -88,6 +92,11 @@ class Job:
         return self.state in ENDED
 
     @property
+    def pausing(self) -> bool:
+        """Whether its ranks are to leave: the contract has no state for it, so the reason tells."""
+        return self.state in LAUNCHED and self.reason == PAUSE_REQUESTED
+
+    @property
     def expires(self) -> datetime | None:
         """When the files of an ended job are removed; None while it has not ended, or where they are kept."""
         keep_seconds = self.spec.limits.keep_for
@@ -134,6 +143,27 @@ class Broke(NamedTuple):
     message: str
 
 
+class Lost(NamedTuple):
+    """Its processes are gone and that is not its own fault: it is to be launched again."""
+
+    reason: str
+    message: str
+
+
+class PauseAsked(NamedTuple):
+    """A person wants its slots back for a while."""
+
+
+class Paused(NamedTuple):
+    """The processes of a job that was to pause are gone."""
+
+    message: str
+
+
+class ResumeAsked(NamedTuple):
+    """A person wants it to go on."""
+
+
 class CancelAsked(NamedTuple):
     """A person wants it stopped."""
 
@@ -144,13 +174,27 @@ class Stopped(NamedTuple):
     message: str
 
 
-Event = Waited | Admitted | Launched | Reported | Finished | Broke | CancelAsked | Stopped
+Event = (
+    Waited
+    | Admitted
+    | Launched
+    | Reported
+    | Finished
+    | Broke
+    | Lost
+    | PauseAsked
+    | Paused
+    | ResumeAsked
+    | CancelAsked
+    | Stopped
+)
 
 TRANSITIONS: Mapping[JobState, Mapping[type, JobState]] = MappingProxyType(
     {
         JobState.QUEUED: {
             Waited: JobState.QUEUED,
             Admitted: JobState.STARTING,
+            PauseAsked: JobState.PAUSED,
             CancelAsked: JobState.CANCELLED,
         },
         JobState.STARTING: {
@@ -158,12 +202,29 @@ TRANSITIONS: Mapping[JobState, Mapping[type, JobState]] = MappingProxyType(
             Reported: JobState.RUNNING,
             Finished: JobState.SUCCEEDED,  # a job so short that its end was seen before its first report
             Broke: JobState.FAILED,
+            Lost: JobState.RESTARTING,
+            PauseAsked: JobState.STARTING,
+            Paused: JobState.PAUSED,
             CancelAsked: JobState.CANCELLING,
         },
         JobState.RUNNING: {
             Finished: JobState.SUCCEEDED,
             Broke: JobState.FAILED,
+            Lost: JobState.RESTARTING,
+            PauseAsked: JobState.RUNNING,
+            Paused: JobState.PAUSED,
             CancelAsked: JobState.CANCELLING,
+        },
+        JobState.RESTARTING: {
+            Waited: JobState.RESTARTING,
+            Admitted: JobState.STARTING,
+            PauseAsked: JobState.PAUSED,
+            CancelAsked: JobState.CANCELLED,
+        },
+        JobState.PAUSED: {
+            PauseAsked: JobState.PAUSED,
+            ResumeAsked: JobState.QUEUED,
+            CancelAsked: JobState.CANCELLED,
         },
         JobState.CANCELLING: {
             CancelAsked: JobState.CANCELLING,
@@ -203,22 +264,38 @@ def advance(job: Job, event: Event, now: datetime) -> Job:
         case Admitted(digest):
             job = replace(job, attempt=job.attempt + 1, token_digest=digest, queue_position=0)
             reason, message = "Launching", f"launching {job.slots} {'rank' if job.slots == 1 else 'ranks'}"
+            if job.attempt > 1:
+                message += f", attempt {job.attempt}"
         case Reported():
-            reason, message = "Training", "the ranks report progress"
+            if not job.pausing:
+                reason, message = "Training", "the ranks report progress"
         case Finished(summary):
             job = replace(job, summary=summary)
             reason, message = "Finished", f"every rank finished; {summary.steps} steps"
-        case Broke(reason, message):
+        case Broke(reason, message) | Lost(reason, message):
             pass
+        case PauseAsked():
+            if job.pausing or job.state is JobState.PAUSED:
+                return job
+            reason, message = PAUSE_REQUESTED, "pause was asked for; its ranks write a checkpoint and leave"
+            if state is job.state:
+                return replace(job, reason=reason, message=message)
+            message = (
+                f"paused {'before it started' if not job.attempt else 'while no rank of it ran'}; resume queues it"
+            )
+        case Paused(message):
+            reason = PAUSE_REQUESTED
+        case ResumeAsked():
+            reason, message = "ResumeRequested", "resumed; the scheduler has not looked at it yet"
         case CancelAsked():
             if state is job.state:
                 return job
-            queued = state is JobState.CANCELLED
-            reason = "CancelRequested"
-            message = "cancelled before it started" if queued else "cancel was asked for; its ranks are being stopped"
+            reason, message = "CancelRequested", "cancel was asked for; its ranks are being stopped"
+            if state is JobState.CANCELLED:
+                message = f"cancelled {'while no rank of it ran' if job.attempt else 'before it started'}"
         case Stopped(message):
             reason = "CancelRequested"
-    if state in ENDED:  # the token dies with its job
+    if state not in LAUNCHED:  # the token dies with its attempt
         job = replace(job, token_digest=None, process=None, queue_position=0)
     change = StateChange(state, reason, message, now)
     return replace(job, history=(*job.history, change), reason=reason, message=message)

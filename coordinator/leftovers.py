@@ -14,6 +14,7 @@ from pathlib import Path
 
 from coordinator.auth import digest_of
 from coordinator.jobs import Job, Process
+from coordinator.launchers.keeper import read_stat
 from protos import environment
 
 _POLL_SECONDS = 0.02
@@ -22,12 +23,8 @@ _KILL_SECONDS = 5.0
 
 def identify(pid: int) -> Process | None:
     """The process that has this pid now, None when there is none or it is only waiting to be reaped."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except (FileNotFoundError, ProcessLookupError):
-        return None
-    fields = stat.rpartition(")")[2].split()  # the name before it may hold blanks and brackets; field 3 comes first
-    return None if fields[0] in "ZX" else Process(pid, int(fields[19]))
+    stat = read_stat(pid)
+    return None if stat is None or stat.state in "ZX" else Process(pid, stat.start_ticks)
 
 
 def end_leftovers(job: Job, grace_seconds: float) -> int:

@@ -33,6 +33,7 @@ from protos import coordinator_pb2, job_pb2
 TIME_TO_LIVE = timedelta(minutes=15)
 # Upper bounds in seconds: 50 microseconds is a small network's phase, half a minute a huge one's.
 STEP_BOUNDS = (0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5, 30)
+RECOVERY_BOUNDS = (0.25, 0.5, 1, 2, 3, 5, 10, 30, 60, 300)
 QUEUE_BOUNDS = (0.1, 0.5, 1, 5, 15, 60, 300, 900, 3600, 14400, 86400)
 
 
@@ -107,6 +108,7 @@ class Metrics(Collector):
         self._slots_used = 0
         self._training: dict[str, _Training] = {}
         self._queue_wait = Histogram(QUEUE_BOUNDS)
+        self._recovery = Histogram(RECOVERY_BOUNDS)
         self._jobs_by_state = jobs_by_state
         registry.register(self)
 
@@ -115,6 +117,17 @@ class Metrics(Collector):
     def started(self, waited_seconds: float) -> None:
         with self._lock:
             self._queue_wait.observe(max(waited_seconds, 0.0))
+
+    def recovered(self, seconds: float) -> None:
+        with self._lock:
+            self._recovery.observe(max(seconds, 0.0))
+
+    def known(self, job_id: str, newest: job_pb2.Report) -> None:
+        """What an earlier coordinator was told last. Histograms and the ranks' own counters begin anew."""
+        with self._lock:
+            training = self._training.setdefault(job_id, _Training())
+            training.newest.MergeFrom(newest)
+            training.newest.ClearField("phase_seconds")
 
     def slots_used(self, used: int) -> None:
         with self._lock:
@@ -128,6 +141,8 @@ class Metrics(Collector):
             training = self._training.setdefault(job_id, _Training())
             for report in reports:
                 steps = report.step - training.newest.step
+                if steps < 0:
+                    continue  # a restarted job does some steps twice: they count once, and no curve goes back
                 if steps > 0:
                     for phase, seconds in report.phase_seconds.items():
                         histogram = training.phases.setdefault(phase, Histogram(STEP_BOUNDS))
@@ -175,8 +190,13 @@ class Metrics(Collector):
         slots.add_metric(["free"], self._slots - self._slots_used)
         wait = HistogramMetricFamily("paceline_queue_wait_seconds", "Time from submission to launch.")
         wait.add_metric([], self._queue_wait.buckets(), self._queue_wait.sum)
+        recovery = HistogramMetricFamily(
+            "paceline_recovery_duration_seconds",
+            "Time from the end of a launch that was lost, as the coordinator saw it, to the first step of the next.",
+        )
+        recovery.add_metric([], self._recovery.buckets(), self._recovery.sum)
         build = InfoMetricFamily("paceline_build", "The program that answers.", value={"version": version("paceline")})
-        yield from (jobs, slots, wait, build)
+        yield from (jobs, slots, wait, recovery, build)
 
     def _jobs(self) -> Iterator[Metric]:
         for name, column, text in _GAUGES:

@@ -10,13 +10,14 @@ One slot a rank; the server of a parameter-server job takes none in this version
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
 
-from coordinator.jobs import LAUNCHED, Job, JobState
+from coordinator.jobs import LAUNCHED, PLACED, Job, JobState
 from coordinator.quotas import DEFAULT_QUOTAS, Quotas, reached
+from coordinator.recovery import launch_time
 
 
 class Capacity(NamedTuple):
@@ -56,14 +57,15 @@ Action = Start | Wait | GiveUp
 def decide(
     now: datetime, jobs: Sequence[Job], capacity: Capacity, served: Mapping[str, datetime] | None = None
 ) -> list[Action]:
-    """One action for each job that is queued or past a deadline.
+    """One action for each job that is queued, past a deadline or due to be launched again.
 
     jobs: those that have not ended, in the order of submission. served: when a job of an owner was last launched.
     """
     actions: list[Action] = [late for job in jobs if (late := _late(now, job, capacity)) is not None]
-    launched = [job for job in jobs if job.state in LAUNCHED]
-    free = capacity.slots - sum(job.slots for job in launched)
-    running = Counter(job.owner for job in launched)
+    actions += _restarts(now, jobs, capacity)
+    placed = [job for job in jobs if job.state in PLACED]
+    free = capacity.slots - sum(job.slots for job in placed)
+    running = Counter(job.owner for job in placed)
     waiting = 0
     held_up = False  # by a job that goes first and cannot start yet
     too_large: list[Job] = []
@@ -98,11 +100,28 @@ def decide(
     return actions
 
 
+def _restarts(now: datetime, jobs: Sequence[Job], capacity: Capacity) -> Iterator[Action]:
+    """Jobs to be launched again have their slots, unless the coordinator came back with fewer."""
+    used = sum(job.slots for job in jobs if job.state in LAUNCHED)
+    for job in jobs:
+        if job.state is not JobState.RESTARTING:
+            continue
+        if used + job.slots > capacity.slots:
+            has = f"this coordinator has {capacity.slots} in all, {used} in use"
+            yield Wait(
+                job.id, "TooFewSlots", f"is to be launched again and needs {_count(job.slots, 'slot')}; {has}", 0
+            )
+            continue
+        used += job.slots
+        if launch_time(job) <= now:
+            yield Start(job.id)
+
+
 def queue_order(jobs: Sequence[Job], served: Mapping[str, datetime]) -> list[Job]:
     """The queued jobs, first to start first. A job's slots count as its owner's from its place on, as if it ran."""
     slots = Counter[str]()
     for job in jobs:
-        if job.state in LAUNCHED:
+        if job.state in PLACED:
             slots[job.owner] += job.slots
     queued = [job for job in jobs if job.state is JobState.QUEUED]
     unserved_since = {job.owner: job.create_time for job in reversed(queued)} | dict(served)
@@ -131,9 +150,7 @@ def _late(now: datetime, job: Job, capacity: Capacity) -> GiveUp | None:
     if job.state not in (JobState.STARTING, JobState.RUNNING):
         return None
     limit_seconds = job.spec.limits.seconds
-    launches = (change.time for change in reversed(job.history) if change.state is JobState.STARTING)
-    launch = next(launches, job.state_time)
-    if limit_seconds and (now - launch).total_seconds() > limit_seconds:
+    if limit_seconds and _ran_seconds(job, now) > limit_seconds:
         message = (
             f"stopped: it ran for longer than limits.seconds allows, {limit_seconds:g} s; what it left can be pulled"
         )
@@ -146,6 +163,13 @@ def _late(now: datetime, job: Job, capacity: Capacity) -> GiveUp | None:
         "how far the ranks came"
     )
     return GiveUp(job.id, "StartDeadlineExceeded", message)
+
+
+def _ran_seconds(job: Job, now: datetime) -> float:
+    """How long it was launched, all its attempts together."""
+    ends = [*(change.time for change in job.history[1:]), now]
+    stays = zip(job.history, ends, strict=True)
+    return sum((end - change.time).total_seconds() for change, end in stays if change.state in LAUNCHED)
 
 
 def _count(number: int, noun: str) -> str:

@@ -32,10 +32,10 @@ from coordinator.audit import AuditLog
 from coordinator.callers import Callers
 from coordinator.certificates import Certificates, CertificateUnusable, TlsFiles
 from coordinator.changes import Changes
-from coordinator.controller import Controller, Launcher
+from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
 from coordinator.exposure import exposure_fault, exposure_warning, no_token_yet
-from coordinator.folders import JobFolder
+from coordinator.folders import JobFolder, write_atomically
 from coordinator.guard import Guard
 from coordinator.http_port import HttpPort, Refusal
 from coordinator.jobs import Job
@@ -43,6 +43,7 @@ from coordinator.launchers import local
 from coordinator.metrics import Metrics
 from coordinator.metrics_guard import MetricsGuard
 from coordinator.quotas import DEFAULT_QUOTAS, Quotas, read_quotas
+from coordinator.runs import Launcher
 from coordinator.scheduler import Capacity
 from coordinator.service import CoordinatorService
 from coordinator.state_folder import CannotServe, locked
@@ -51,7 +52,9 @@ from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
 from protos.urls import is_url
 
+STOP_LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
+ADDRESS = "address"  # where workers find the coordinator that is there now; they outlive one
 SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _HEALTH = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
 
@@ -88,6 +91,9 @@ def serve(
 ) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
+    SIGINT, as Ctrl-C sends it, ends the launched jobs too; SIGTERM, as it comes with an upgrade, leaves them running
+    for the next coordinator on the same state folder.
+
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
     data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
     store: a PostgreSQL database in place of the SQLite file in the state folder. limits: `NAME=NUMBER` each, the names
@@ -104,7 +110,7 @@ def serve(
         settings = read_settings(listen, http, state, data_roots, slots, store, limits, tls, insecure)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
-            stop.get()
+            coordinator.ends_jobs = _first(stop) != signal.SIGTERM
     except CannotServe as fault:
         print(f"error: {fault}", file=sys.stderr)
         return fault.exit_code
@@ -112,6 +118,13 @@ def serve(
         for number, handler in previous.items():
             signal.signal(number, handler)
     return ExitCode.DONE
+
+
+def _first(stop: queue.SimpleQueue[int]) -> int:
+    """The first signal. In short waits: one that comes just before a wait begins does not end it."""
+    while True:
+        with contextlib.suppress(queue.Empty):
+            return stop.get(timeout=STOP_LOOK_SECONDS)
 
 
 def read_settings(
@@ -165,6 +178,7 @@ class Coordinator:
         self.settings = settings
         self.tokens = store.tokens
         self.registry = registry
+        self.ends_jobs = True  # when it stops
         self._stopping = False
         self._changes = Changes()
         metrics = Metrics(settings.slots, _now, store.count_by_state, registry)
@@ -214,10 +228,10 @@ class Coordinator:
         self._set_serving(True)
 
     def stop(self) -> None:
-        """No new jobs, then no launched jobs, then no watchers, then no calls."""
+        """No new jobs, then no launched jobs if `ends_jobs`, then no watchers, then no calls."""
         self._stopping = True
         self._set_serving(False)
-        self.controller.stop()
+        self.controller.stop(self.ends_jobs)
         self._changes.close()
         self._server.stop(CLOSE_SECONDS).wait(CLOSE_SECONDS + 1)
         self.http.stop()
@@ -240,7 +254,7 @@ class Coordinator:
 
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Coordinator]:
-    """A coordinator that serves inside the `with` block and leaves no process behind it; CannotServe."""
+    """A coordinator that serves inside the `with` block; it leaves no process behind unless told to. CannotServe."""
     with locked(settings.state), contextlib.ExitStack() as opened:
         registry = CollectorRegistry()
         try:
@@ -302,11 +316,16 @@ def _grpc_server(
 def _launcher(settings: Settings, coordinator: Address, certificates: Certificates | None) -> Launcher:
     """Starts `paceline-worker` through mpirun on this machine."""
     cores = local.available_cores()
+    address_file = settings.state / ADDRESS
+    write_atomically(address_file, f"{coordinator}\n")
 
     def start(job: Job, secret: str, folder: JobFolder) -> local.Running:
-        arguments = ("train", str(folder.job_file), "-o", str(folder.output), "--log-dir", str(folder.logs))
+        arguments = ["train", str(folder.job_file), "-o", str(folder.output), "--log-dir", str(folder.logs)]
+        if folder.has_checkpoint:
+            arguments.append("--resume")
         forwarded = {
             environment.COORDINATOR_ADDRESS: str(coordinator),
+            environment.COORDINATOR_ADDRESS_FILE: str(address_file),
             environment.JOB_ID: job.id,
             environment.JOB_ATTEMPT: str(job.attempt),
             environment.JOB_TOKEN: secret,
@@ -325,9 +344,12 @@ def _launcher(settings: Settings, coordinator: Address, certificates: Certificat
             arguments=arguments,
             forwarded=forwarded,
         )
-        return local.start(launch, folder.logs)
+        return local.start(launch, folder.logs, job.attempt)
 
-    return Launcher(start, local.explain)
+    def adopt(job: Job, folder: JobFolder) -> local.Running | None:
+        return local.adopt(folder.logs, job.attempt)
+
+    return Launcher(start, adopt, local.explain)
 
 
 def _tls_of_workers(certificates: Certificates) -> dict[str, str]:

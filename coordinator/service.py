@@ -121,6 +121,14 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def CancelJob(self, request: pb.CancelJobRequest, context: grpc.ServicerContext) -> pb.CancelJobResponse:
         return pb.CancelJobResponse(job=self._with_progress(self._controller.cancel(request.job_id)))
 
+    @answer
+    def PauseJob(self, request: pb.PauseJobRequest, context: grpc.ServicerContext) -> pb.PauseJobResponse:
+        return pb.PauseJobResponse(job=self._with_progress(self._controller.pause(request.job_id)))
+
+    @answer
+    def ResumeJob(self, request: pb.ResumeJobRequest, context: grpc.ServicerContext) -> pb.ResumeJobResponse:
+        return pb.ResumeJobResponse(job=self._with_progress(self._controller.resume(request.job_id)))
+
     @answer_stream
     def WatchJob(self, request: pb.WatchJobRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchJobResponse]:
         listening = self._listen(context)

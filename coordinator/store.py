@@ -86,24 +86,29 @@ class Store:
                 connection.execute(sa.update(jobs).where(jobs.c.id == sa.bindparam("waiting")), rows)
 
     def add_reports(self, job_id: str, attempt: int, new_reports: Sequence[job_pb2.Report]) -> list[job_pb2.Report]:
-        """Store the reports that are new and return those: a worker that had no answer sends its lines again."""
+        """Store the reports that are new and return those.
+
+        Not new are lines that a worker sends again because it had no answer, and steps that an earlier attempt has
+        reported already: a job that goes on from a checkpoint does some twice.
+        """
         if not new_reports:
             return []
         with self._database.writing() as connection:
             number = connection.execute(sa.select(jobs.c.number).where(jobs.c.id == job_id)).scalar_one()
-            known = connection.execute(
-                sa.select(reports.c.report).where(
-                    reports.c.job == number,
-                    reports.c.attempt == attempt,
-                    reports.c.step.in_({report.step for report in new_reports}),
-                )
-            ).scalars()
+            own = sa.and_(reports.c.job == number, reports.c.attempt == attempt)
+            steps = {report.step for report in new_reports}
+            known = connection.execute(sa.select(reports.c.report).where(own, reports.c.step.in_(steps))).scalars()
             seen = set(known)
+            before = sa.and_(reports.c.job == number, reports.c.attempt < attempt)
+            last = connection.execute(sa.select(sa.func.max(reports.c.step)).where(before)).scalar_one() or 0
+            at_last = connection.execute(sa.select(reports.c.report).where(before, reports.c.step == last)).scalars()
+            evaluated = any(job_pb2.Report.FromString(line).HasField("validation_loss") for line in at_last)
             new: list[job_pb2.Report] = []
             rows: list[dict[str, Any]] = []
             for report in new_reports:
                 line = report.SerializeToString(deterministic=True)
-                if line not in seen:
+                evaluates = report.step == last and report.HasField("validation_loss") and not evaluated
+                if line not in seen and (report.step > last or evaluates):
                     seen.add(line)
                     new.append(report)
                     rows.append({"job": number, "attempt": attempt, "step": report.step, "report": line})

@@ -4,6 +4,7 @@ A token goes by environment and not by argument: arguments are readable by every
 """
 
 COORDINATOR_ADDRESS = "PACELINE_COORDINATOR"  # host:port of the CoordinatorService
+COORDINATOR_ADDRESS_FILE = "PACELINE_COORDINATOR_FILE"  # says it anew when the coordinator came back elsewhere
 JOB_ID = "PACELINE_JOB_ID"
 JOB_ATTEMPT = "PACELINE_JOB_ATTEMPT"
 JOB_TOKEN = "PACELINE_JOB_TOKEN"

@@ -276,8 +276,7 @@ def train(arguments: argparse.Namespace) -> int:
         for line in lines:
             fail(line, ExitCode.FAILED)
 
-    shared_memory = job.sync.WhichOneof("kind") != "all_reduce" or job.sync.all_reduce.shared_memory
-    heartbeats = Heartbeats(world, shared_memory)
+    heartbeats = Heartbeats(world)
     memory = MemoryPeak()
 
     def look() -> None:

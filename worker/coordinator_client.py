@@ -1,7 +1,7 @@
 """Rank 0's line to the coordinator: reports leave in the background and never hold up a step.
 
-The coordinator may be away for a while: reports wait and are sent again. What can't be delivered by the end stays in
-metrics.jsonl all the same, and the log says how much it was.
+The coordinator may be away for a while: reports wait and are sent again, to where it says it is when it is back. What
+can't be delivered by the end stays in metrics.jsonl, from which the coordinator takes it, and the log says so.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import queue
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from protos import environment
@@ -18,6 +19,7 @@ from worker.coordinator_line import CoordinatorLine, Tls, tls_of
 Item = tuple[dict[str, Any] | None, list[dict[str, Any]]]
 CALL_SECONDS = 5.0  # deadline of one call
 RETRY_SECONDS = 0.5
+BATCH = 1000  # items in one call: what piles up while the coordinator is away may be more than gRPC takes at once
 CLOSE_SECONDS = 10.0  # how long the end of a job waits for the last reports to leave
 
 
@@ -27,12 +29,20 @@ class CoordinatorClient:
     Args:
         address: host:port of the CoordinatorService.
         token: the job's own, shown on every call.
-        tls: how the coordinator is known, where it speaks TLS.
+        address_file: says the address anew when the coordinator came back at another; None: it never does.
+        tls: how the coordinator is known; None where it speaks without TLS.
     """
 
-    def __init__(self, address: str, job_id: str, attempt: int, token: str, tls: Tls | None = None) -> None:
-        self._tls = tls
-        self._address = address
+    def __init__(
+        self,
+        address: str,
+        job_id: str,
+        attempt: int,
+        token: str,
+        address_file: Path | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        self._line = CoordinatorLine(address, address_file, tls)
         self._job_id = job_id
         self._attempt = attempt
         self._metadata = (("authorization", f"Bearer {token}"),)
@@ -52,33 +62,35 @@ class CoordinatorClient:
         self._thread.join(timeout=CLOSE_SECONDS)
         if self._thread.is_alive():
             print(
-                f"the coordinator at {self._address} did not take the last reports in {CLOSE_SECONDS:g} s", flush=True
+                f"the coordinator at {self._line.address} did not take the last reports in {CLOSE_SECONDS:g} s",
+                flush=True,
             )
 
     def _run(self) -> None:
-        line = CoordinatorLine(self._address, self._tls)
+        ended = False
         try:
-            ended = False
             while not ended:
                 batch, ended = self._next_batch()
                 if batch:
-                    ended |= not self._deliver(line, batch)
+                    ended |= not self._deliver(batch)
         finally:
-            line.close()
+            self._line.close()
 
     def _next_batch(self) -> tuple[list[Item], bool]:
-        """Everything that waits, at least one; and whether it is the last."""
+        """What waits, at least one; and whether it is the last."""
         batch: list[Item] = []
         item = self._queue.get()
         while item is not None:
             batch.append(item)
+            if len(batch) == BATCH:
+                return batch, False
             try:
                 item = self._queue.get_nowait()
             except queue.Empty:
                 return batch, False
         return batch, True
 
-    def _deliver(self, line: CoordinatorLine, batch: list[Item]) -> bool:
+    def _deliver(self, batch: list[Item]) -> bool:
         """Try until the coordinator has answered; False when it never will."""
         import grpc
         from google.protobuf import json_format
@@ -95,7 +107,7 @@ class CoordinatorClient:
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
         while tries_after_closing > 0:
             try:
-                line.stub.ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
+                self._line.stub().ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
                 return True
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -103,7 +115,9 @@ class CoordinatorClient:
                     return False
             if self._closing.wait(RETRY_SECONDS):
                 tries_after_closing -= 1
-            line.renew()
+            self._line.renew()
+        waiting = len(request.reports)
+        print(f"the coordinator at {self._line.address} did not take the last reports, {waiting} or more", flush=True)
         return False
 
 
@@ -117,5 +131,6 @@ def connect(settings: Mapping[str, str]) -> CoordinatorClient | None:
         settings[environment.JOB_ID],
         int(settings[environment.JOB_ATTEMPT]),
         settings[environment.JOB_TOKEN],
+        Path(file) if (file := settings.get(environment.COORDINATOR_ADDRESS_FILE)) else None,
         tls_of(settings),
     )

@@ -6,12 +6,16 @@ vouches for it, and what its address is, does not matter. Where it asks for a ce
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from protos import environment
+
+# Left to itself gRPC looks ever more seldom, in the end every two minutes, whether somebody answers again.
+CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 
 
 class Tls(NamedTuple):
@@ -31,34 +35,45 @@ def tls_of(settings: Mapping[str, str]) -> Tls | None:
 
 
 class CoordinatorLine:
-    """An open channel and the stub on it."""
+    """The way to the coordinator where it is now."""
 
-    def __init__(self, address: str, tls: Tls | None) -> None:
-        self._address = address
+    def __init__(self, address: str, address_file: Path | None, tls: Tls | None) -> None:
+        self.address = address
+        self._address_file = address_file
         self._tls = tls
-        self._open()
+        self._channel: Any = None  # grpc.Channel
 
-    def _open(self) -> None:
+    def stub(self) -> Any:
+        """Of the coordinator's service; its calls fail where the coordinator is away."""
         import grpc
 
         from protos import coordinator_pb2_grpc
 
-        if self._tls is None:
-            self._channel = grpc.insecure_channel(self._address)
-        else:
-            credentials = grpc.ssl_channel_credentials(*_read(self._tls))
-            options = [("grpc.ssl_target_name_override", self._tls.name)]
-            self._channel = grpc.secure_channel(self._address, credentials, options=options)
-        self.stub: Any = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]
+        address = self.address
+        if self._address_file is not None:
+            with contextlib.suppress(OSError):  # the state folder may be away; what was known last is as good
+                address = self._address_file.read_text().strip() or address
+        if address != self.address:
+            self.close()
+        if self._channel is None:
+            self.address = address
+            if self._tls is None:
+                self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+            else:
+                credentials = grpc.ssl_channel_credentials(*_read(self._tls))
+                options = (*CHANNEL_OPTIONS, ("grpc.ssl_target_name_override", self._tls.name))
+                self._channel = grpc.secure_channel(address, credentials, options=options)
+        return coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
 
     def renew(self) -> None:
         """After a failed call: the coordinator's certificate may be another one now."""
         if self._tls is not None:
             self.close()
-            self._open()
 
     def close(self) -> None:
-        self._channel.close()
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
 
 
 def _read(tls: Tls) -> tuple[bytes | None, bytes | None, bytes | None]:

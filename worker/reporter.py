@@ -52,6 +52,12 @@ class Reporter:
             self._printed_at_seconds = now
             self._print_line(plain_line(present, self._epochs))
 
+    def first_step(self, rank_0: dict[str, Any]) -> None:
+        """Training is under way: word to the coordinator, which need not wait for the first report."""
+        self._rank_0 = rank_0
+        if self._send is not None:
+            self._send(None, [rank_0 | self._saved])
+
     def saved(self, time: float) -> None:
         """A checkpoint was complete at `time`, in seconds since the Unix epoch; from any thread."""
         self._saved = {"checkpoint_time": time}

@@ -107,6 +107,7 @@ def run_job(
     saved = reporter.saved if reporter else lambda time: None
     checkpointer = Checkpointer(world, job, prepared.model, exchange, folder, best, saved)
     observers = Observers(
+        first_step=reporter.first_step if reporter else lambda _: None,
         report=reporter.report if reporter else lambda *_: None,
         checkpoint_due=checkpointer.due,
         checkpoint=checkpointer.take,

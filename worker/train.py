@@ -44,6 +44,7 @@ REPORT_SECONDS = 0.5  # between two reports within an epoch
 class Observers:
     """Whom the loop tells. All are called on every rank at the same step, except `report`: on rank 0 alone."""
 
+    first_step: Callable[[dict[str, Any]], None]  # the first step of this run is done; this rank's statistics
     report: Callable[[dict[str, Any], list[dict[str, Any]], bool], None]  # report, all ranks' statistics, ends_epoch
     checkpoint_due: Callable[[int], bool]  # whether one is to follow a step; rank 0 decides
     checkpoint: Callable[[Position, bool], None]  # takes one; whether it ends an epoch
@@ -141,7 +142,9 @@ def train(
             model.update_state()
             counted = exchange.meet(last - first, model.state, ends_epoch=batch == batches - 1)
             meter.lap_exchange(exchange.statistics.update_seconds - update_seconds_before)
-            first_step_time = first_step_time or time()
+            if not first_step_time:
+                first_step_time = time()
+                observers.first_step(rank_report(world.rank, world.host, exchange.statistics))
             samples_done += last - first
             steady.step(last - first)
             if not counted:

@@ -1,12 +1,14 @@
 """Says why a launch failed, from its exit code, the ranks' logs and what `mpirun` wrote.
 
-Rules: nothing here runs a process. The first thing that went wrong is the cause: a rank killed by a signal before the
-errors of its peers, a rank's own `error: ` line before the bare exit code mpirun saw. What Open MPI says is matched
-with line breaks folded, since it wraps at 80 columns; the tests hold the patterns to recorded output.
+Rules: nothing here runs a process. Logs go on from one attempt at the job to the next, and what stands above the line
+that begins the last one is not looked at. The first thing that went wrong is the cause: a rank killed by a signal
+before the errors of its peers, a rank's own `error: ` line before the bare exit code mpirun saw. What Open MPI says is
+matched with line breaks folded, since it wraps at 80 columns; the tests hold the patterns to recorded output.
 """
 
 from __future__ import annotations
 
+import os
 import re
 import signal
 from dataclasses import dataclass, replace
@@ -14,6 +16,7 @@ from pathlib import Path
 
 LAUNCHER_LOG = "launcher.log"
 ERROR_PREFIX = "error: "
+ATTEMPT_PREFIX = "=== attempt "
 LAST_LINES = 10
 SAID_BY_RANKS = ("RankFailed", "RanksFailed")
 
@@ -103,6 +106,17 @@ def _cause(exit_code: int, log_dir: Path) -> Cause:
     return Cause("LaunchFailed", message, None, exit_code, None, _last(launcher_lines))
 
 
+def begin_attempt(log_dir: Path, attempt: int) -> None:
+    """Write the line that parts it from the one before into every log."""
+    for path in (log_dir / LAUNCHER_LOG, *rank_logs(log_dir).values()):
+        with open(path, "a+b") as file:
+            if file.seek(0, os.SEEK_END):
+                file.seek(-1, os.SEEK_END)
+                if file.read() != b"\n":  # a rank may have been killed in mid-line
+                    file.write(b"\n")
+            file.write(f"{ATTEMPT_PREFIX}{attempt} ===\n".encode())
+
+
 def rank_logs(log_dir: Path) -> dict[int, Path]:
     """The ranks' log files, by rank."""
     found = {int(path.stem.removeprefix("rank-")): path for path in log_dir.glob("rank-[0-9]*.log")}
@@ -176,7 +190,9 @@ def _lines(path: Path) -> list[str]:
         text = path.read_text(errors="replace")
     except FileNotFoundError:
         return []
-    return text.replace("\0", "").splitlines()  # mpirun ends some of its messages with a NUL
+    lines = text.replace("\0", "").splitlines()  # mpirun ends some of its messages with a NUL
+    begun = max((number for number, line in enumerate(lines) if line.startswith(ATTEMPT_PREFIX)), default=-1)
+    return lines[begun + 1 :]
 
 
 def _last(lines: list[str]) -> tuple[str, ...]:

@@ -3,12 +3,14 @@
 Rules: `render` is pure and says everything that will be run; `start` runs it and adds only scratch folders for MPI,
 which go when the launch has ended, however it ended. The ranks live in one
 session of their own, so that none outlives the launcher: `mpirun` gives each rank its own process group, and leaves
-them behind when it is itself killed. Secrets go by environment, never by argument, since arguments are readable by
-every user of the machine.
+them behind when it is itself killed. That session is led by a keeper (keeper.py), whose record and whose word about the
+end are files beside the logs: a process that did not start the launch can `adopt` it. Secrets go by environment, never
+by argument, since arguments are readable by every user of the machine.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import signal
@@ -17,11 +19,13 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.launchers.causes import LAUNCHER_LOG, Cause, explain
+from coordinator.jobs import Process
+from coordinator.launchers import keeper
+from coordinator.launchers.causes import LAUNCHER_LOG, Cause, begin_attempt, explain
 from protos.environment import FAST_START, ROOT_ALLOWED, SECRETS
 
 __all__ = [
@@ -30,6 +34,7 @@ __all__ = [
     "LauncherMissing",
     "Running",
     "Scratch",
+    "adopt",
     "available_cores",
     "explain",
     "find_mpirun",
@@ -116,41 +121,55 @@ class Scratch:
     def __init__(self) -> None:
         memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
         # Short names: the sockets inside have at most 108 characters for their whole path.
-        self._session = tempfile.mkdtemp(prefix="paceline-")
-        self._shared_memory = tempfile.mkdtemp(prefix="paceline-", dir=memory)
+        session = tempfile.mkdtemp(prefix="paceline-")
+        shared_memory = tempfile.mkdtemp(prefix="paceline-", dir=memory)
+        self.folders = (session, shared_memory)
         self.environment = {
-            "TMPDIR": self._session,
-            "OMPI_MCA_btl_sm_backing_directory": self._shared_memory,
-            "OMPI_MCA_osc_sm_backing_directory": self._shared_memory,
+            "TMPDIR": session,
+            "OMPI_MCA_btl_sm_backing_directory": shared_memory,
+            "OMPI_MCA_osc_sm_backing_directory": shared_memory,
         }
-
-    def remove(self) -> None:
-        """When no process of the launch is left to use them; should something stay, it does no harm."""
-        for folder in (self._session, self._shared_memory):
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 class Running:
-    """A started launch. Safe to use from several threads."""
+    """A started launch. Safe to use from several threads.
 
-    def __init__(self, process: subprocess.Popen[bytes], scratch: Scratch) -> None:
-        self.pid = process.pid
-        self._process = process
+    Args:
+        process: the keeper.
+        record: its file.
+        scratch: what goes with the launch, should the keeper be killed before it has removed it.
+        child: the keeper, where it is a child of this process.
+
+    One that had ended before it was adopted has left its number to others: then no process is ended by it.
+    """
+
+    def __init__(
+        self, process: Process, record: Path, scratch: Sequence[str], child: subprocess.Popen[bytes] | None = None
+    ) -> None:
+        self.process = process
+        self._record = record
         self._scratch = scratch
+        self._child = child
+        self._owns_session = child is not None or self._alive()
         self._exit_code: int | None = None
         self._lock = threading.Lock()
 
     def poll(self) -> int | None:
-        """The launcher's exit code, negative for the signal that killed it; None while it runs.
+        """The exit code of mpirun, negative for the signal that killed it or its keeper; None while it runs.
 
         Once it is not None, no rank is left either.
+
+        Raises:
+            TimeoutError: a rank cannot be killed.
         """
         with self._lock:
-            if self._exit_code is None and self._ended():
-                # Not yet reaped, so its id, which is also the session's, cannot have become somebody else's.
-                _kill_session(self.pid)
-                self._scratch.remove()
-                self._exit_code = self._process.wait()
+            if self._exit_code is None and not self._alive():
+                # Seen to end a moment ago or not yet reaped, so its id, which is also the session's, is nobody else's.
+                if self._owns_session and (remaining := keeper.kill_session(self.process.pid)):
+                    raise TimeoutError(f"processes {remaining} are still there {KILL_SECONDS:g} s after SIGKILL")
+                for folder in self._scratch:
+                    shutil.rmtree(folder, ignore_errors=True)
+                self._exit_code = self._read_end()
             return self._exit_code
 
     def wait(self, timeout_seconds: float) -> int | None:
@@ -165,32 +184,49 @@ class Running:
 
         By SIGUSR1, which mpirun hands on to all of them; SIGTERM makes it kill them a quarter of a second later.
         """
-        with self._lock:
-            if self._exit_code is None and not self._ended():
-                os.kill(self.pid, signal.SIGUSR1)
+        self._signal(signal.SIGUSR1)
 
     def terminate(self, grace_seconds: float) -> int:
         """Ask the ranks to end (SIGTERM), kill what is left after the grace, and return the exit code."""
         for signal_number, seconds in ((signal.SIGTERM, grace_seconds), (signal.SIGKILL, KILL_SECONDS)):
-            with self._lock:
-                if self._exit_code is None and not self._ended():
-                    os.killpg(self.pid, signal_number)
+            self._signal(signal_number)
             if (code := self.wait(seconds)) is not None:
                 return code
-        raise TimeoutError(f"process {self.pid} (mpirun) is still there {KILL_SECONDS:g} s after SIGKILL")
+        raise TimeoutError(f"process {self.process.pid} (mpirun) is still there {KILL_SECONDS:g} s after SIGKILL")
 
-    def _ended(self) -> bool:
-        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    def _signal(self, number: signal.Signals) -> None:
+        """To the keeper, which takes no notice unless it must, and to mpirun, which is of its process group."""
+        with self._lock:
+            if self._exit_code is None and self._alive():
+                os.killpg(self.process.pid, number)
+
+    def _alive(self) -> bool:
+        stat = keeper.read_stat(self.process.pid)
+        return stat is not None and stat.state not in "ZX" and stat.start_ticks == self.process.start_ticks
+
+    def _read_end(self) -> int:
+        own_code = self._child.wait() if self._child else None
+        try:
+            return int(self._record.with_name(self._record.name + keeper.ENDED).read_text())
+        except FileNotFoundError:
+            # The keeper was killed itself. By which signal its parent alone can tell; nearly always it is this one.
+            return own_code or -signal.SIGKILL
 
 
-def start(launch: Launch, log_dir: Path) -> Running:
-    """Run it in a session of its own; what mpirun itself says goes to log_dir/launcher.log."""
+def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
+    """Run it in a session of its own; what mpirun itself says goes to log_dir/launcher.log. OSError."""
+    if not os.access(launch.argv[0], os.X_OK):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), launch.argv[0])
     log_dir.mkdir(parents=True, exist_ok=True)
+    if attempt > 1:
+        begin_attempt(log_dir, attempt)
+    record = _record(log_dir, attempt)
     scratch = Scratch()
+    command = [sys.executable, "-I", "-S", keeper.__file__, str(record.absolute()), *scratch.folders, *launch.argv]
     try:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:
-            process = subprocess.Popen(
-                launch.argv,
+            child = subprocess.Popen(
+                command,
                 env={**_without_secrets(os.environ), **scratch.environment, **launch.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -198,39 +234,31 @@ def start(launch: Launch, log_dir: Path) -> Running:
                 start_new_session=True,
             )
     except OSError:
-        scratch.remove()
+        for folder in scratch.folders:
+            shutil.rmtree(folder, ignore_errors=True)
         raise
-    return Running(process, scratch)
+    stat = keeper.read_stat(child.pid)
+    assert stat is not None, "a child that nobody has waited for is in /proc"
+    return Running(Process(child.pid, stat.start_ticks), record, scratch.folders, child)
 
 
 def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in SECRETS}
 
 
-def _kill_session(session: int) -> None:
-    """Kill every process of a session whose leader has ended, and see them gone."""
-    deadline = time.monotonic() + KILL_SECONDS
-    while members := list(_session_members(session)):
-        for pid in members:
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue  # it ended in between, as it should
-        if time.monotonic() > deadline:
-            raise TimeoutError(f"processes {members} are still there {KILL_SECONDS:g} s after SIGKILL")
-        time.sleep(0.005)
+def adopt(log_dir: Path, attempt: int) -> Running | None:
+    """A launch that another process started, whether it still runs or has ended.
+
+    None where there was none, and from then on there will be none under this number.
+    """
+    record = _record(log_dir, attempt)
+    log_dir.mkdir(parents=True, exist_ok=True)
+    if keeper.write_once(str(record), keeper.VOID) or (text := record.read_text()) == keeper.VOID:
+        return None
+    numbers, *scratch = text.splitlines()
+    pid, start_ticks = map(int, numbers.split())
+    return Running(Process(pid, start_ticks), record, scratch)
 
 
-def _session_members(session: int) -> Iterator[int]:
-    """Ids of the living processes of a session, from /proc."""
-    for entry in os.scandir("/proc"):
-        if not entry.name.isdigit():
-            continue
-        try:
-            stat = Path(entry.path, "stat").read_text(errors="replace")
-        except (FileNotFoundError, ProcessLookupError):
-            continue  # it ended while we looked
-        # "pid (name) state parent group session ...": the name may hold blanks and brackets.
-        state, _parent, _group, its_session = stat.rpartition(")")[2].split()[:4]
-        if int(its_session) == session and state not in "ZX":
-            yield int(entry.name)
+def _record(log_dir: Path, attempt: int) -> Path:
+    return log_dir / f"attempt-{attempt}"

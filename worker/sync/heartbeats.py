@@ -27,13 +27,16 @@ class Accusation(NamedTuple):
 
 
 class Heartbeats:
-    """The beats of this machine's ranks; `world.beat` lies among them from here on. Collective."""
+    """The beats of this machine's ranks; `world.beat` lies among them from here on. Collective.
 
-    def __init__(self, world: World, shared: bool) -> None:
-        """`shared`: off keeps every rank's beat to itself."""
+    They share 64 bytes a rank even where the job keeps weights and gradients out of shared memory: who is late or gone
+    is to be known there too. Where not even that is to be had, every rank's beat is its own.
+    """
+
+    def __init__(self, world: World) -> None:
         self._world = world
         needed = world.node_comm.Get_size() * FIELDS * np.dtype(np.float64).itemsize
-        readable = shared and shared_memory_shortage(needed) is None
+        readable = shared_memory_shortage(needed) is None
         self._node: Node | None = None
         self._segments = [np.zeros(FIELDS)]
         own = 0

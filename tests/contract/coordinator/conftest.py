@@ -28,12 +28,13 @@ model: [{{dense: {{units: 10}}}}]
 loss: softmax_cross_entropy
 optimizer: sgd
 workers: {workers}
+limits: {{retries: {retries}}}
 """
 
 
-def spec_of(name: str, workers: int = 1) -> job_pb2.JobSpec:
+def spec_of(name: str, workers: int = 1, retries: int = 0) -> job_pb2.JobSpec:
     """A job the fake launcher treats as its name asks."""
-    return parse_job(JOB.format(name=name, workers=workers))
+    return parse_job(JOB.format(name=name, workers=workers, retries=retries))
 
 
 class Talk(NamedTuple):
@@ -42,11 +43,11 @@ class Talk(NamedTuple):
     coordinator: Coordinator
     stub: coordinator_pb2_grpc.CoordinatorServiceStub
 
-    def spec(self, name: str, workers: int = 1) -> job_pb2.JobSpec:
-        return spec_of(name, workers)
+    def spec(self, name: str, workers: int = 1, retries: int = 0) -> job_pb2.JobSpec:
+        return spec_of(name, workers, retries)
 
-    def submit(self, name: str, workers: int = 1, **options: object) -> job_pb2.Job:
-        request = pb.SubmitJobRequest(spec=self.spec(name, workers), **options)
+    def submit(self, name: str, workers: int = 1, retries: int = 0, **options: object) -> job_pb2.Job:
+        request = pb.SubmitJobRequest(spec=self.spec(name, workers, retries), **options)
         return self.stub.SubmitJob(request, timeout=DEADLINE_SECONDS).job
 
     def get(self, job_id: str) -> job_pb2.Job:

@@ -6,6 +6,7 @@ place of paceline-worker, and then it is one rank of many.
 
 import json
 import os
+import random
 import signal
 import sys
 import time
@@ -40,10 +41,31 @@ def report(step: int, **fields: float) -> None:
         reports=[line],
         ranks=measured,
     )
-    with grpc.insecure_channel(os.environ["PACELINE_COORDINATOR"]) as channel:
-        stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
-        token = (("authorization", f"Bearer {os.environ['PACELINE_JOB_TOKEN']}"),)
-        stub.ReportProgress(request, metadata=token, timeout=10)
+    token = (("authorization", f"Bearer {os.environ['PACELINE_JOB_TOKEN']}"),)
+    while True:
+        address = Path(os.environ["PACELINE_COORDINATOR_FILE"]).read_text().strip()
+        with grpc.insecure_channel(address) as channel:
+            stub = coordinator_pb2_grpc.CoordinatorServiceStub(channel)
+            try:
+                stub.ReportProgress(request, metadata=token, timeout=10)
+                return
+            except grpc.RpcError as error:
+                if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+                    raise
+        time.sleep(0.05)
+
+
+def told_to_go_on() -> None:
+    while not (logs / "go-on").exists():
+        time.sleep(0.02)
+
+
+def write_down(*steps: int) -> None:
+    """Reports that nobody is told of."""
+    output.mkdir(exist_ok=True)
+    with (output / "metrics.jsonl").open("a") as metrics:
+        for step in steps:
+            metrics.write(json.dumps({"step": step, "loss": 1.0 / step}) + "\n")
 
 
 def finish() -> None:
@@ -81,6 +103,33 @@ match name:
         while True:
             print("still here", file=rank_log)
             time.sleep(0.05)
+    case "long-once":  # the same, but another attempt ends well
+        if os.environ["PACELINE_JOB_ATTEMPT"] == "1":
+            report(1, loss=1.0)
+            time.sleep(600)
+        finish()
+    case "patient":  # ends well when it is told to go on
+        report(1, loss=1.0)
+        told_to_go_on()
+        report(4, loss=0.5)
+        finish()
+    case "deaf" | "deaf-broken":  # the same, but reports into its folder alone
+        report(1, loss=1.0)
+        told_to_go_on()
+        write_down(2, 3)
+        if name == "deaf-broken":
+            print("error: rank 0 of 1 on here: the loss is nan at step 2", file=rank_log)
+            sys.exit(1)
+        finish()
+    case "counted" | "counted-mute":  # leaves a line when it begins and when it ends, whoever is there to see it
+        with (logs / "counted").open("a") as counted:
+            counted.write("begun\n")
+        time.sleep(random.uniform(0, 0.3))
+        if name == "counted":
+            report(2, loss=1.5)
+        finish()
+        with (logs / "counted").open("a") as counted:
+            counted.write("ended\n")
     case "rank-killed":  # rank 1 is killed once rank 0 has reported
         report(1, loss=1.0)
         if rank == 0:

@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -100,43 +101,85 @@ def processes_of(job_id: str) -> list[int]:
     return found
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_stopping_ends_what_runs_keeps_what_waits_and_exits_0(serving, make_spec, state, number) -> None:
+def states_of(job: job_pb2.Job) -> list[str]:
+    return [job_pb2.JobState.Name(change.state).removeprefix("JOB_STATE_") for change in job.history]
+
+
+def test_ctrl_c_ends_what_runs_and_the_next_coordinator_goes_on_with_it(serving, make_spec, state) -> None:
     first = serving(FREE, FREE, state)
     stub = first.connect()
-    running, waiting = submit(stub, make_spec, "long"), submit(stub, make_spec, "good")
+    running, waiting = submit(stub, make_spec, "long-once"), submit(stub, make_spec, "good")
     wait_until_running(stub, running)
     watch = stub.WatchJob(pb.WatchJobRequest(job_id=running), timeout=20)
-    code, errors = first.end(number)
+    code, errors = first.end(signal.SIGINT)
     assert code == 0, errors
     assert "Traceback" not in errors
     assert processes_of(running) == []
-    assert [event.job.state for event in watch if event.HasField("job")][-1] == job_pb2.JOB_STATE_FAILED
+    with pytest.raises(grpc.RpcError, match=r"the coordinator is stopping; job .* stays RESTARTING"):
+        list(watch)
 
     stub = serving(FREE, FREE, state).connect()
+    for job_id in (running, waiting):
+        for event in stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=20):
+            last = event
+        assert last.job.state == job_pb2.JOB_STATE_SUCCEEDED, last.job
     ended = get(stub, running)
-    assert (ended.state, ended.reason) == (job_pb2.JOB_STATE_FAILED, "CoordinatorStopped")
-    for event in stub.WatchJob(pb.WatchJobRequest(job_id=waiting), timeout=20):
-        last = event
-    assert last.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    assert states_of(ended) == ["QUEUED", "STARTING", "RUNNING", "RESTARTING", "STARTING", "SUCCEEDED"]
+    assert ended.history[3].reason == "CoordinatorStopped"
 
 
-def test_after_a_kill_no_process_is_left_over_and_the_job_says_so(serving, make_spec, state) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_job_runs_on_without_its_coordinator_and_the_next_one_takes_it_over(
+    serving, make_spec, state, number
+) -> None:
     first = serving(FREE, FREE, state)
     stub = first.connect()
-    running, waiting = submit(stub, make_spec, "long"), submit(stub, make_spec, "good")
+    running, waiting = submit(stub, make_spec, "patient"), submit(stub, make_spec, "good")
     wait_until_running(stub, running)
+    before = processes_of(running)
+    code, errors = first.end(number)
+    assert code == (0 if number == signal.SIGTERM else -signal.SIGKILL), errors
+    assert "Traceback" not in errors
+    assert processes_of(running) == before
+
+    stub = serving(FREE, FREE, state).connect()  # at another port, which the worker finds
+    taken = get(stub, running)
+    assert (taken.state, taken.attempt) == (job_pb2.JOB_STATE_RUNNING, 1)
+    (Path(state) / "jobs" / running / "logs" / "go-on").touch()
+    for job_id in (running, waiting):
+        for event in stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=20):
+            last = event
+        assert last.job.state == job_pb2.JOB_STATE_SUCCEEDED, last.job
+    ended = get(stub, running)
+    assert (states_of(ended), ended.attempt) == (["QUEUED", "STARTING", "RUNNING", "SUCCEEDED"], 1)
+    assert ended.progress.step == 4
+    assert processes_of(running) == []
+
+
+def test_what_ended_while_the_coordinator_was_away_is_finished_with_its_reports(serving, make_spec, state) -> None:
+    first = serving(FREE, FREE, state)
+    stub = first.connect()
+    finished, failed = (
+        stub.SubmitJob(pb.SubmitJobRequest(spec=make_spec(name)), timeout=10).job.id for name in ("deaf", "deaf-broken")
+    )
+    for job_id in (finished, failed):
+        wait_until_running(stub, job_id)
     first.end(signal.SIGKILL)
-    assert len(processes_of(running)) == 1  # it did outlive its coordinator
+    for job_id in (finished, failed):
+        (Path(state) / "jobs" / job_id / "logs" / "go-on").touch()
+        until_no_process(job_id)
 
     stub = serving(FREE, FREE, state).connect()
-    ended = get(stub, running)
-    assert (ended.state, ended.reason) == (job_pb2.JOB_STATE_FAILED, "CoordinatorRestarted")
-    assert "1 of its processes were still there and were ended" in ended.message
-    assert processes_of(running) == []
-    for event in stub.WatchJob(pb.WatchJobRequest(job_id=waiting), timeout=20):
-        last = event
-    assert last.job.state == job_pb2.JOB_STATE_SUCCEEDED
+    for job_id in (finished, failed):
+        for _ in stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=20):
+            pass
+    ended = get(stub, finished)
+    assert (ended.state, ended.attempt) == (job_pb2.JOB_STATE_SUCCEEDED, 1)
+    reports = stub.GetMetrics(pb.GetMetricsRequest(job_id=finished), timeout=10).reports
+    assert [report.step for report in reports] == [1, 2, 3]
+    ended = get(stub, failed)
+    assert (ended.state, ended.reason, ended.attempt) == (job_pb2.JOB_STATE_FAILED, "RankFailed", 1)
+    assert ended.message.startswith("rank 0 of 1 on here: the loss is nan at step 2")
 
 
 def test_a_second_coordinator_on_the_same_folder_refuses(serving, state) -> None:
@@ -150,6 +193,13 @@ def test_a_second_coordinator_on_the_same_folder_refuses(serving, state) -> None
         "stop it, or give this one another --state folder\n"
     )
     assert first.end()[0] == 0
+
+
+def until_no_process(job_id: str) -> None:
+    deadline = time.monotonic() + 20
+    while found := processes_of(job_id):
+        assert time.monotonic() < deadline, found
+        time.sleep(0.02)
 
 
 @pytest.mark.parametrize("option", ["--listen", "--http"])

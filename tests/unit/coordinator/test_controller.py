@@ -12,12 +12,13 @@ from prometheus_client import CollectorRegistry
 
 import coordinator.controller
 from coordinator.changes import Changes
-from coordinator.controller import Controller, Launcher
+from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, sqlite_at
-from coordinator.jobs import JobState
+from coordinator.jobs import JobState, Process
 from coordinator.launchers.local import Cause
 from coordinator.metrics import Metrics
 from coordinator.refusals import Refused
+from coordinator.runs import Launcher
 from coordinator.scheduler import Capacity
 from coordinator.store import Store
 from protos import job_pb2
@@ -33,7 +34,7 @@ SPEC = parse_job(
 class FakeRunning:
     """Ends when it is told to."""
 
-    pid: int = 2**22 + 1  # above every real pid
+    process: Process = field(default_factory=lambda: Process(2**22 + 1, 1))  # above every real pid
     exit_code: int | None = None
     stuck: bool = False
     secret: str = ""
@@ -44,10 +45,16 @@ class FakeRunning:
             raise TimeoutError("processes [7] are still there 5 s after SIGKILL")
         return self.exit_code
 
+    def wait(self, timeout_seconds: float) -> int | None:
+        return self.poll()
+
+    def ask_to_stop(self) -> None:
+        self.exit_code = 5
+
     def terminate(self, grace_seconds: float) -> int:
-        self.exit_code = -15
+        self.exit_code = -15 if self.exit_code is None else self.exit_code
         self.terminated.set()
-        return -15
+        return self.exit_code
 
 
 @dataclass
@@ -83,7 +90,7 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     clock = lambda: datetime.now(UTC)  # noqa: E731
     controller = Controller(
         store=store,
-        launcher=Launcher(start, lambda code, logs: Cause("RankFailed", f"exit code {code}")),
+        launcher=Launcher(start, lambda job, folder: None, lambda code, logs: Cause("RankFailed", f"exit code {code}")),
         metrics=Metrics(2, clock, store.count_by_state, CollectorRegistry()),
         changes=changes,
         state=tmp_path,
@@ -182,14 +189,61 @@ def test_a_cancelled_job_is_cancelled_only_when_its_processes_are_gone(parts) ->
     assert parts.launched[0].terminated.is_set()
 
 
-def test_a_job_between_its_slots_and_its_launch_is_ended_when_the_coordinator_comes_back(parts, make_job) -> None:
-    parts.store.add(make_job("digits-000001", JobState.STARTING, token_digest="0" * 64))
-    parts.store.add(make_job("digits-000002", JobState.CANCELLING, token_digest="0" * 64))
+def test_a_job_between_its_slots_and_its_launch_is_launched_when_the_coordinator_comes_back(parts, make_job) -> None:
+    for job_id, state in (("digits-000001", JobState.STARTING), ("digits-000002", JobState.CANCELLING)):
+        parts.store.add(make_job(job_id, state, spec=SPEC, token_digest="0" * 64))
     parts.controller.start()
     job = parts.store.get("digits-000001")
-    assert (job.state, job.reason) == (JobState.FAILED, "CoordinatorRestarted")
-    assert "its processes were gone: submit it again" in job.message
+    assert (job.state, job.reason) == (JobState.RESTARTING, "CoordinatorRestarted")
+    assert "it had not been launched yet: it is launched now" in job.message
     assert parts.state("digits-000002") is JobState.CANCELLED
+    parts.until(lambda: len(parts.launched) == 1)
+    parts.until(lambda: parts.state("digits-000001") is JobState.STARTING)
+
+
+def test_a_paused_job_gives_its_slots_back_and_goes_on_as_another_attempt(parts) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    parts.controller.report(job_id, parts.launched[0].secret, 1, [job_pb2.Report(step=1)], [])
+    asked = parts.controller.pause(job_id)
+    assert (asked.state, asked.reason) == (JobState.RUNNING, "PauseRequested")
+    parts.until(lambda: parts.state(job_id) is JobState.PAUSED)
+    assert parts.controller.pause(job_id).state is JobState.PAUSED
+    assert parts.controller.resume(job_id).state is JobState.QUEUED
+    parts.until(lambda: len(parts.launched) == 2)
+    assert parts.store.get(job_id).attempt == 2
+
+
+def test_what_cannot_be_paused_or_resumed_is_refused_and_stays_as_it_is(parts, monkeypatch) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    parts.until(lambda: parts.store.get(job_id).process is not None)
+    before = parts.store.get(job_id)
+    with pytest.raises(Refused, match="is STARTING: only a paused job can be resumed"):
+        parts.controller.resume(job_id)
+    assert parts.store.get(job_id) == before
+    monkeypatch.setattr(parts.launched[0], "terminate", lambda grace: parts.launched[0].terminated.wait(20))
+    parts.controller.cancel(job_id)
+    with pytest.raises(Refused, match="is CANCELLING: there is nothing left to pause"):
+        parts.controller.pause(job_id)
+    parts.launched[0].exit_code = -15
+    parts.launched[0].terminated.set()
+    parts.until(lambda: parts.state(job_id) is JobState.CANCELLED)
+    for ask in (parts.controller.pause, parts.controller.resume):
+        with pytest.raises(Refused, match="is CANCELLED"):
+            ask(job_id)
+
+
+def test_a_pause_that_a_fault_of_the_job_came_before_fails_it(parts, monkeypatch) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: len(parts.launched) == 1)
+    parts.controller.report(job_id, parts.launched[0].secret, 1, [job_pb2.Report(step=1)], [])
+    monkeypatch.setattr(parts.launched[0], "ask_to_stop", lambda: setattr(parts.launched[0], "exit_code", 1))
+    parts.controller.pause(job_id)
+    parts.until(lambda: parts.state(job_id) is JobState.FAILED)
 
 
 def test_a_coordinator_that_stops_takes_no_job_but_still_answers_a_repeated_submit(parts) -> None:

@@ -18,6 +18,10 @@ EVENTS = (
     jobs.Reported(),
     jobs.Finished(job_pb2.Summary(steps=4)),
     jobs.Broke("RankKilled", "rank 1 was killed"),
+    jobs.Lost("RankKilled", "rank 1 was killed"),
+    jobs.PauseAsked(),
+    jobs.Paused("paused"),
+    jobs.ResumeAsked(),
     jobs.CancelAsked(),
     jobs.Stopped("cancelled"),
 )
@@ -78,6 +82,23 @@ def test_a_queued_job_is_cancelled_at_once_and_a_running_one_first_stops_its_ran
     stopping = advance(make_job(state=JobState.RUNNING), jobs.CancelAsked(), noon)
     assert stopping.state is JobState.CANCELLING
     assert advance(stopping, jobs.CancelAsked(), noon + LATER) == stopping
+
+
+def test_a_job_that_is_to_pause_says_so_until_its_ranks_have_left(make_job, noon) -> None:
+    job = advance(advance(make_job(), jobs.Admitted("digest"), noon), jobs.PauseAsked(), noon)
+    job = advance(job, jobs.Reported(), noon)
+    assert (job.state, job.reason, job.pausing) == (JobState.RUNNING, "PauseRequested", True)
+    assert advance(job, jobs.PauseAsked(), noon) == job
+    paused = advance(job, jobs.Paused("paused; its ranks wrote a checkpoint and left"), noon + LATER)
+    assert (paused.state, paused.pausing, paused.token_digest) == (JobState.PAUSED, False, None)
+    assert advance(paused, jobs.ResumeAsked(), noon + LATER).state is JobState.QUEUED
+    assert advance(paused, jobs.CancelAsked(), noon + LATER).state is JobState.CANCELLED
+
+
+def test_what_has_no_processes_is_paused_and_cancelled_at_once(make_job, noon) -> None:
+    assert advance(make_job(), jobs.PauseAsked(), noon).state is JobState.PAUSED
+    for event, state in ((jobs.PauseAsked(), JobState.PAUSED), (jobs.CancelAsked(), JobState.CANCELLED)):
+        assert advance(make_job(state=JobState.RESTARTING), event, noon).state is state
 
 
 @given(st.text(max_size=200))

@@ -133,6 +133,32 @@ def test_jobs_slots_queue_and_build_are_there_without_any_job(metrics, page) -> 
     assert any(name.startswith("paceline_build_info{version=") for name in shown)
 
 
+def test_what_a_restarted_job_does_twice_counts_once_and_no_curve_goes_back(metrics, page) -> None:
+    metrics.reported("digits-1", [report(10, loss=0.5)], [])
+    metrics.reported("digits-1", [report(7, loss=0.9)], [])
+    assert page()['paceline_steps_total{job="digits-1"}'] == 10
+    assert page()['paceline_train_loss{job="digits-1"}'] == 0.5
+    metrics.reported("digits-1", [report(12, loss=0.4)], [])
+    assert page()['paceline_samples_total{job="digits-1"}'] == 12 * 32
+
+
+def test_a_recovery_is_counted_by_its_duration(metrics, page) -> None:
+    metrics.recovered(1.5)
+    found = page()
+    assert found["paceline_recovery_duration_seconds_count"] == 1
+    assert found["paceline_recovery_duration_seconds_sum"] == 1.5
+    assert found['paceline_recovery_duration_seconds_bucket{le="1.0"}'] == 0
+    assert found['paceline_recovery_duration_seconds_bucket{le="2.0"}'] == 1
+
+
+def test_what_an_earlier_coordinator_was_told_last_is_shown_and_not_counted_as_steps_of_now(metrics, page) -> None:
+    metrics.known("digits-1", report(10, loss=0.5, phase_seconds={"forward": 0.1}))
+    found = page()
+    assert found['paceline_steps_total{job="digits-1"}'] == 10
+    assert found['paceline_train_loss{job="digits-1"}'] == 0.5
+    assert not any(name.startswith("paceline_step_duration_seconds") for name in found)
+
+
 def test_a_jobs_series_go_when_its_time_to_live_is_over_and_others_stay(metrics, page, clock) -> None:
     for job in ("a-1", "b-2"):
         metrics.reported(job, [report(1, loss=1.0)], [coordinator_pb2.RankReport(rank=0)])

@@ -91,7 +91,9 @@ def test_an_unknown_job_is_none_and_cannot_be_saved(store, make_job) -> None:
 def test_open_jobs_come_in_the_order_of_submission(store, make_job) -> None:
     for number, state in enumerate(JobState):
         store.add(make_job(f"job-{number}", state))
-    assert [job.state for job in store.open_jobs()] == ["QUEUED", "STARTING", "RUNNING", "CANCELLING"]
+    assert [job.state for job in store.open_jobs()] == [
+        *("QUEUED", "STARTING", "RUNNING", "PAUSED", "RESTARTING", "CANCELLING"),
+    ]
     assert store.count_by_state() == dict.fromkeys(JobState, 1)
 
 
@@ -105,6 +107,16 @@ def test_pages_hold_every_job_once_newest_first(store, make_job) -> None:
         if (before := page.next_before) is None:
             break
     assert seen == [["job-6", "job-5", "job-4"], ["job-3", "job-2", "job-1"], ["job-0"]]
+
+
+def test_steps_that_a_later_attempt_does_again_are_those_of_the_first(store, make_job) -> None:
+    store.add(make_job())
+    evaluation = report(4, validation_loss=0.5)
+    store.add_reports("digits-000000", 1, [report(2), report(4)])
+    assert store.add_reports("digits-000000", 2, [report(3, loss=9.0), report(4, loss=9.0)]) == []
+    assert store.add_reports("digits-000000", 2, [evaluation, report(6)]) == [evaluation, report(6)]
+    assert store.add_reports("digits-000000", 3, [report(6, loss=9.0), report(7)]) == [report(7)]
+    assert [line.report.step for line in store.reports("digits-000000")] == [2, 4, 4, 6, 7]
 
 
 def test_a_report_sent_again_is_stored_once_and_an_evaluation_of_the_same_step_is_another(store, make_job) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from coordinator.launchers.causes import LAST_LINES, explain
+from coordinator.launchers.causes import LAST_LINES, begin_attempt, explain
 
 RECORDED = Path(__file__).parents[2] / "golden" / "open_mpi_5.0.11"
 
@@ -151,3 +151,14 @@ def test_a_traceback_without_an_error_line_gives_its_last_line(tmp_path):
 
 def test_no_log_folder_at_all_is_still_explained(tmp_path):
     assert explain(1, tmp_path / "gone").message == "mpirun ended with exit code 1 and said nothing"
+
+
+def test_what_an_earlier_attempt_said_is_not_why_the_last_one_ended(explained, tmp_path) -> None:
+    said = {0: "step 1\nerror: rank 0 of 2 on here: the disk is full"}
+    assert explained(137, "rank_killed", said).reason == "RankKilled"
+    begin_attempt(tmp_path, 2)
+    assert (tmp_path / "rank-0.log").read_text().endswith("the disk is full\n=== attempt 2 ===\n")
+    with (tmp_path / "rank-0.log").open("a") as log:
+        log.write("resuming after step 1\n")
+    cause = explain(-9, tmp_path)
+    assert (cause.reason, cause.last_lines) == ("LauncherKilled", ("rank-0 | resuming after step 1",))

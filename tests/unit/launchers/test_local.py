@@ -142,7 +142,7 @@ def test_no_rank_outlives_a_killed_mpirun(launched):
         "signal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint(os.getpid(), flush=True)\ntime.sleep(60)"
     )
     pids = [int(line) for line in wait_for_lines(logs / "launcher.log", 2)]
-    os.kill(running.pid, signal.SIGKILL)
+    os.kill(running.process.pid, signal.SIGKILL)
     exit_code = running.wait(WAIT_SECONDS)
     assert not any(is_alive(pid) for pid in pids)
     assert local.explain(exit_code, logs).message == "mpirun was killed by signal 9 (SIGKILL), and its ranks with it"
@@ -157,6 +157,38 @@ def test_terminate_ends_ranks_that_ignore_it_once_the_grace_is_over(launched):
     running.terminate(grace_seconds=0.2)
     assert running.poll() is not None
     assert not any(is_alive(pid) for pid in pids)
+
+
+@needs_mpirun
+def test_another_process_can_adopt_a_launch_and_learns_its_end(launched):
+    running, logs = launched("print(os.getpid(), flush=True)\ntime.sleep(60)")
+    pids = [int(line) for line in wait_for_lines(logs / "launcher.log", 2)]
+    adopted = local.adopt(logs, 1)
+    assert adopted.process == running.process
+    assert adopted.poll() is None
+    code = adopted.terminate(grace_seconds=10)
+    assert code == running.wait(WAIT_SECONDS)
+    assert code != 0
+    assert not any(is_alive(pid) for pid in pids)
+    assert local.adopt(logs, 1).poll() == code
+
+
+def test_a_launch_that_left_no_record_is_none_and_can_no_longer_happen(tmp_path):
+    marker = tmp_path / "ran"
+    launch = local.Launch(("/bin/sh", "-c", f"touch {marker}"), {})
+    assert local.adopt(tmp_path / "logs", 1) is None
+    assert local.start(launch, tmp_path / "logs", attempt=1).wait(WAIT_SECONDS) != 0
+    assert not marker.exists()
+    assert local.adopt(tmp_path / "logs", 1) is None
+    assert local.start(launch, tmp_path / "logs", attempt=2).wait(WAIT_SECONDS) == 0
+    assert marker.exists()
+
+
+@pytest.mark.parametrize(("command", "code"), [("exit 7", 7), ("kill -9 $$", -9), ("exit 0", 0)])
+def test_the_end_is_known_as_exactly_to_one_that_adopts_it(tmp_path, command, code):
+    launch = local.Launch(("/bin/sh", "-c", command), {})
+    assert local.start(launch, tmp_path).wait(WAIT_SECONDS) == code
+    assert local.adopt(tmp_path, 1).poll() == code
 
 
 @needs_mpirun
