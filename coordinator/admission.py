@@ -14,7 +14,7 @@ from google.protobuf.message import Message
 from protos import job_pb2
 from protos.labels import is_map
 from protos.rules import Violation, check, rule_of
-from protos.urls import is_under, is_url, shown
+from protos.urls import STORE_SCHEMES, is_in_store, is_under, is_url, shown
 
 
 class NotAllowed(Violation):
@@ -66,9 +66,16 @@ def _path_fault(place: str, text: str, data_roots: Sequence[Path | str]) -> Viol
 
 
 def _url_fault(place: str, url: str, data_roots: Sequence[Path | str]) -> Violation | None:
-    if not data_roots or any(isinstance(root, str) and is_under(url, root) for root in data_roots):
+    if not data_roots:
+        return None if is_in_store(url) else _no_store(place, url)
+    if any(isinstance(root, str) and is_under(url, root) for root in data_roots):
         return None
     return _outside(place, shown(url), data_roots)
+
+
+def _no_store(place: str, url: str) -> Violation:
+    allowed = f"{', '.join(STORE_SCHEMES)}, or what --data-root names"
+    return NotAllowed(place, f"{shown(url)!r} is of no scheme that this coordinator lets jobs read from: {allowed}")
 
 
 def _outside(place: str, text: str, data_roots: Sequence[Path | str]) -> Violation:

@@ -40,8 +40,10 @@ STATUS_CODES: dict[str, grpc.StatusCode] = {
     "NoSuchRank": grpc.StatusCode.INVALID_ARGUMENT,
     "NotPossibleNow": grpc.StatusCode.FAILED_PRECONDITION,
     "RequestIdReused": grpc.StatusCode.ALREADY_EXISTS,
+    "RoleNotAllowed": grpc.StatusCode.PERMISSION_DENIED,
     "StoreUnavailable": grpc.StatusCode.UNAVAILABLE,
     "TokenMissing": grpc.StatusCode.UNAUTHENTICATED,
+    "TokenNotGood": grpc.StatusCode.UNAUTHENTICATED,
     "TokenRefused": grpc.StatusCode.PERMISSION_DENIED,
     "TooManyStreams": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }

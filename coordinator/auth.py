@@ -1,7 +1,7 @@
-"""Tokens by which the workers of one job, and nobody else, report its progress.
+"""Secrets and their digests: tokens as they are made, shown and compared.
 
-Rules: a token is known to its job's processes alone; the store keeps its SHA-256; comparison takes the same time
-whatever is wrong with the offer; it dies with its job (jobs.advance forgets the digest).
+Rules: what is kept of a token is its SHA-256; comparison takes the same time whatever is wrong with the offer. A job's
+token is known to its own processes alone and dies with it (jobs.advance forgets the digest).
 """
 
 from __future__ import annotations

@@ -6,21 +6,19 @@ The verbs of paceline-worker never come here (__main__.py).
 
 from __future__ import annotations
 
-import os
 import sys
 from datetime import UTC, datetime
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
-from protos.environment import SERVER_ADDRESS, STORE
+from coordinator.client_options import LISTEN, Connect, asks_coordinator
+from coordinator.state_folder import default_state
+from coordinator.token_verbs import app as token_app
+from protos.environment import STORE
 
-if TYPE_CHECKING:
-    from coordinator.client import Client
-
-LISTEN = "127.0.0.1:50051"
 HTTP = "127.0.0.1:8080"
 
 app = typer.Typer(
@@ -33,6 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["--help", "-h"]},
 )
+app.add_typer(token_app, name="token")
 
 
 class Format(StrEnum):
@@ -42,9 +41,6 @@ class Format(StrEnum):
     json = "json"
 
 
-ServerOption = Annotated[
-    str, typer.Option("--server", envvar=SERVER_ADDRESS, metavar="HOST:PORT", help="The coordinator to ask.")
-]
 FormatOption = Annotated[
     Format, typer.Option("--format", help="json: one document, or a line an event where there are many.")
 ]
@@ -70,12 +66,6 @@ def _options(
     ] = False,
 ) -> None:
     pass
-
-
-def _connect(server: str) -> Client:
-    from coordinator.client import Client
-
-    return Client(server)
 
 
 # ------------------------------------------------------------------------------------------- without a coordinator
@@ -116,12 +106,27 @@ def serve(
         list[str],
         typer.Option(metavar="NAME=N", help="Such as user.running=4; may be given again. A wrong name lists them all."),
     ] = [],  # noqa: B006  # Typer copies it
+    tls_certificate: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM; speak TLS with it. Read again when it changes.")
+    ] = None,
+    tls_key: Annotated[Path | None, typer.Option(metavar="FILE", help="The certificate's key, PEM.")] = None,
+    tls_client_ca: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="PEM; clients must show a certificate it vouches for.")
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Let other machines in without TLS, and without tokens if none is made.")
+    ] = False,
 ) -> None:
     """Start a coordinator: takes jobs, queues and launches them."""
+    from coordinator.certificates import TlsFiles
     from coordinator.launchers.local import available_cores
     from coordinator.serve import serve
 
-    raise typer.Exit(serve(listen, http, state or default_state(), data_root, slots or available_cores(), store, limit))
+    if (tls_certificate is None) != (tls_key is None) or (tls_client_ca and tls_certificate is None):
+        raise typer.BadParameter("--tls-certificate and --tls-key go together, and --tls-client-ca with both")
+    tls = TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None
+    here = state or default_state()
+    raise typer.Exit(serve(listen, http, here, data_root, slots or available_cores(), store, limit, tls, insecure))
 
 
 @app.command()
@@ -132,16 +137,13 @@ def demo() -> None:
     raise typer.Exit(demo())
 
 
-def default_state() -> Path:
-    """Where the XDG rules put what a program must keep."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "paceline"
-
-
 # ------------------------------------------------------------------------------------------------- with a coordinator
 
 
 @app.command()
+@asks_coordinator
 def submit(
+    connect: Connect,
     job_file: JobFileArgument,
     watch: Annotated[bool, typer.Option("--watch", help="Follow the job and exit with its result.")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check the job, here and there; start nothing.")] = False,
@@ -149,7 +151,6 @@ def submit(
         str, typer.Option(metavar="ID", help="Makes it safe to repeat: the same id gives the same job.")
     ] = "",
     settings: SetOption = [],  # noqa: B006  # Typer copies it
-    server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Hand a job to the coordinator; prints its id."""
@@ -161,7 +162,7 @@ def submit(
         raise typer.BadParameter("--watch has nothing to follow with --dry-run")
     spec = load_job(job_file, settings)
     as_json = output_format is Format.json
-    with _connect(server) as client:
+    with connect() as client:
         job = client.submit(spec, request_id, validate_only=dry_run)
         if dry_run:
             text = f"valid: {printable(spec.name)}, {spec.training.epochs} epochs, workers {spec.workers}"
@@ -178,7 +179,9 @@ def submit(
 
 
 @app.command("list")
+@asks_coordinator
 def list_jobs(
+    connect: Connect,
     limit: Annotated[int, typer.Option(min=1, help="The newest so many.")] = 100,
     state: Annotated[str, typer.Option(metavar="STATE", help="Those in this state alone.")] = "",
     label: Annotated[
@@ -188,7 +191,6 @@ def list_jobs(
     filter_text: Annotated[
         str, typer.Option("--filter", metavar="TEXT", help='Such as "labels.team=vision AND priority>=5".')
     ] = "",
-    server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Show the jobs, newest first."""
@@ -196,7 +198,7 @@ def list_jobs(
     from coordinator.presentation import document, job_table, json_line
 
     whole_filter = list_filter(state, label, owner, filter_text)
-    with _connect(server) as client:
+    with connect() as client:
         jobs, more = client.list_jobs(limit, whole_filter)
     if output_format is Format.json:
         print(json_line({"jobs": [document(job) for job in jobs], "more": more}))
@@ -208,37 +210,40 @@ def list_jobs(
 
 
 @app.command()
-def get(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+@asks_coordinator
+def get(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
     """Show everything about a job."""
     from coordinator.presentation import job_text, json_line
 
-    with _connect(server) as client:
+    with connect() as client:
         job = client.get(job_id)
     print(json_line(job) if output_format is Format.json else job_text(job))
 
 
 @app.command()
-def watch(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+@asks_coordinator
+def watch(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
     """Follow a job to its end; Ctrl-C leaves it running."""
     from coordinator.follow import follow_job
 
-    with _connect(server) as client:
+    with connect() as client:
         raise typer.Exit(follow_job(client, job_id, output_format is Format.json))
 
 
 @app.command()
+@asks_coordinator
 def logs(
+    connect: Connect,
     job_id: JobArgument,
     follow: Annotated[bool, typer.Option("-f", "--follow", help="Go on until the job ends.")] = False,
     rank: Annotated[int | None, typer.Option(min=0, help="This rank's lines alone.")] = None,
-    server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Print what the launcher and the ranks wrote."""
     from coordinator.follow import INTERRUPTED, say_it_goes_on
     from coordinator.presentation import json_line, printable
 
-    with _connect(server) as client:
+    with connect() as client:
         try:
             for line in client.logs(job_id, follow, rank):
                 text = printable(line.line) if sys.stdout.isatty() else line.line
@@ -249,10 +254,11 @@ def logs(
 
 
 @app.command()
+@asks_coordinator
 def metrics(
+    connect: Connect,
     job_id: JobArgument,
     as_csv: Annotated[bool, typer.Option("--csv", help="Every number, comma-separated.")] = False,
-    server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Print the job's reports: loss, accuracy, speed."""
@@ -260,7 +266,7 @@ def metrics(
 
     if as_csv and output_format is Format.json:
         raise typer.BadParameter("--csv and --format json exclude each other")
-    with _connect(server) as client:
+    with connect() as client:
         reports = client.metrics(job_id)
     if output_format is Format.json:
         print(json_line({"reports": [document(report) for report in reports]}))
@@ -273,40 +279,44 @@ def metrics(
 
 
 @app.command()
-def cancel(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+@asks_coordinator
+def cancel(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
     """End a job, queued or running."""
     from coordinator.presentation import json_line, state_line
 
-    with _connect(server) as client:
+    with connect() as client:
         job = client.cancel(job_id)
     print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
 
 
 @app.command()
-def pause(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+@asks_coordinator
+def pause(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
     """Let a job write a checkpoint and give its slots back; `resume` goes on with it."""
     from coordinator.presentation import json_line, state_line
 
-    with _connect(server) as client:
+    with connect() as client:
         job = client.pause(job_id)
     print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
 
 
 @app.command()
-def resume(job_id: JobArgument, server: ServerOption = LISTEN, output_format: FormatOption = Format.text) -> None:
+@asks_coordinator
+def resume(connect: Connect, job_id: JobArgument, output_format: FormatOption = Format.text) -> None:
     """Queue a paused job again; it goes on from its checkpoint."""
     from coordinator.presentation import json_line, state_line
 
-    with _connect(server) as client:
+    with connect() as client:
         job = client.resume(job_id)
     print(json_line(job) if output_format is Format.json else f"{job.id} is {state_line(job)}")
 
 
 @app.command()
+@asks_coordinator
 def pull(
+    connect: Connect,
     job_id: JobArgument,
     output: Annotated[Path | None, typer.Option("-o", metavar="DIR", help="Where to; runs/ID.")] = None,
-    server: ServerOption = LISTEN,
     output_format: FormatOption = Format.text,
 ) -> None:
     """Fetch the output folder of a job that has ended."""
@@ -315,7 +325,7 @@ def pull(
 
     folder = output or Path("runs") / job_id
     check_destination(folder)
-    with _connect(server) as client:
+    with connect() as client:
         files, written = write_folder(client.pull(job_id), folder)
     if output_format is Format.json:
         print(json_line({"output": str(folder), "files": files, "bytes": written}))

@@ -17,6 +17,7 @@ from google.rpc import error_details_pb2, status_pb2  # type: ignore[import-unty
 from grpc_status import rpc_status
 
 from coordinator.addresses import AddressInvalid, parse_address
+from coordinator.credentials import NO_CREDENTIALS, Credentials
 from coordinator.faults import CommandFault
 from protos import coordinator_pb2, coordinator_pb2_grpc, job_pb2
 from protos.exit_codes import ExitCode
@@ -41,16 +42,19 @@ EXIT_CODES = {
 class Client:
     """The verbs of one coordinator. Every method raises CommandFault when the answer is no, or none."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, credentials: Credentials = NO_CREDENTIALS) -> None:
         self.address = address
+        self._credentials = credentials
         try:
-            loopback = parse_address("--server", address).loopback
+            self._parsed = parse_address("--server", address)
         except AddressInvalid as fault:
             raise CommandFault(str(fault), ExitCode.USAGE) from fault
         options: list[tuple[str, int]] = [("grpc.max_receive_message_length", MESSAGE_BYTES)]
-        if loopback:
+        credentials.check(self._parsed)
+        if self._parsed.loopback:
             options.append(("grpc.enable_http_proxy", 0))  # no proxy can reach our loopback
-        self._channel = grpc.insecure_channel(address, options=options)
+        self._channel = open_channel(address, credentials, options)
+        self._metadata = (("authorization", f"Bearer {credentials.token}"),) if credentials.token else ()
         self._stub = coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]
 
     def __enter__(self) -> Client:
@@ -140,22 +144,27 @@ class Client:
 
     def pull(self, job_id: str) -> Iterator[coordinator_pb2.PullArtifactsResponse]:
         """The pieces of the output folder, in order."""
-        call = self._stub.PullArtifacts(coordinator_pb2.PullArtifactsRequest(job_id=job_id), timeout=PULL_SECONDS)
+        call = self._stub.PullArtifacts(
+            coordinator_pb2.PullArtifactsRequest(job_id=job_id), **self._options(PULL_SECONDS)
+        )
         with self._plain_words():
             yield from call
 
     def _call(self, method: Callable[..., Any], request: Any) -> Any:
         with self._plain_words():
-            return method(request, timeout=CALL_SECONDS)
+            return method(request, **self._options(CALL_SECONDS))
 
     def _stream(self, method: Callable[..., Any], request: Any, seconds: float) -> Iterator[Any]:
         """What the server sends, until it is done or the deadline is over."""
-        call = method(request, timeout=seconds)
+        call = method(request, **self._options(seconds))
         try:
             with self._plain_words(deadline_is_fine=True):
                 yield from call
         finally:
             call.cancel()
+
+    def _options(self, seconds: float) -> dict[str, Any]:
+        return {"timeout": seconds, "metadata": self._metadata}
 
     @contextlib.contextmanager
     def _plain_words(self, deadline_is_fine: bool = False) -> Iterator[None]:
@@ -164,7 +173,20 @@ class Client:
         except grpc.RpcError as error:
             if deadline_is_fine and error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
                 return
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                from coordinator.tls_probe import tls_fault
+
+                if fault := tls_fault(self._parsed, self._credentials):
+                    raise CommandFault(fault, ExitCode.UNREACHABLE) from error
             raise CommandFault(*explain_error(error, self.address)) from error
+
+
+def open_channel(address: str, credentials: Credentials, options: list[tuple[str, int]]) -> grpc.Channel:
+    """A channel as the credentials ask."""
+    if not credentials.tls:
+        return grpc.insecure_channel(address, options=options)
+    roots, key, certificate = (part or None for part in (credentials.ca, credentials.key, credentials.certificate))
+    return grpc.secure_channel(address, grpc.ssl_channel_credentials(roots, key, certificate), options=options)
 
 
 def explain_error(error: grpc.RpcError, address: str) -> tuple[str, ExitCode]:

@@ -80,7 +80,7 @@ class Controller:
     def submit(self, spec: job_pb2.JobSpec, request_id: str = "", owner: str = "") -> Job:
         """Queue a checked and resolved job; the same request again returns the first job."""
         with self._lock:
-            if request_id and (first := self._store.request(request_id)) is not None:
+            if request_id and (first := self._store.request(request_id, owner)) is not None:
                 if first.spec == spec:
                     return first
                 message = f"request id {request_id!r} made job {first.id} from another job file: use a new id"
@@ -141,10 +141,8 @@ class Controller:
         """Take in what the ranks of a launched job measured."""
         with self._lock:
             job = self._jobs.get(job_id)
-            if job is None and self._store.get(job_id) is None:
-                raise no_such_job(job_id)
             if job is None or not auth.matches(secret, job.token_digest):
-                raise Refused("TokenRefused", f"this token is not one of job {job_id}, or the job has ended")
+                raise Refused("TokenRefused", f"this token is not one of a job {job_id} that has not ended")
             if attempt != job.attempt:
                 raise Refused("AttemptOver", f"job {job_id} is at attempt {job.attempt}, this reports for {attempt}")
             for rank in ranks:

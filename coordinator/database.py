@@ -54,9 +54,14 @@ def read_store(text: str) -> sa.URL:
 
 
 class Database:
-    """The open database. Any thread may read and write; writes are one at a time."""
+    """The open database. Any thread may read and write; writes are one at a time.
 
-    def __init__(self, url: sa.URL) -> None:
+    beside: for a command that writes for a moment, whether or not a coordinator holds the store meanwhile; it finds
+    today's tables there, or brings them up to date as a coordinator would.
+    """
+
+    def __init__(self, url: sa.URL, beside: bool = False) -> None:
+        self._beside = beside
         self._is_file = url.get_backend_name() == "sqlite"
         self.name = url.database if self._is_file else url.set(drivername="postgresql").render_as_string()
         self._lock = threading.Lock()
@@ -157,10 +162,14 @@ class Database:
     def _claim(self) -> sa.Connection:
         connection = self._engine.connect().execution_options(paceline_writes=True)
         try:
+            if self._beside and self._is_current(connection):
+                return connection
             if not self._is_file:
                 self._take_lock(connection)
             with connection.begin():
-                if self._opening is None:
+                if self._beside:
+                    self._bring_up_to_date(connection)
+                elif self._opening is None:
                     self._bring_up_to_date(connection)
                     count = sa.update(schema.openings).values(number=schema.openings.c.number + 1)
                     self._opening = connection.execute(count.returning(schema.openings.c.number)).scalar_one()
@@ -186,6 +195,10 @@ class Database:
             raise StoreUnavailable(
                 f"another coordinator ({holder}) uses {self.name}: stop it, or give this one another --store"
             ) from fault
+
+    def _is_current(self, connection: sa.Connection) -> bool:
+        with connection.begin():
+            return self._stored_revision(connection) == schema.HEAD
 
     def _bring_up_to_date(self, connection: sa.Connection) -> None:
         """Today's tables, in the transaction that is open: made, migrated, or there already."""

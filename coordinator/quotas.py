@@ -3,8 +3,8 @@
 Rules: a limit is a row of LIMITS and a field of Quotas; 0 means none. What a job is by itself is held against `job.*`
 before it is taken, and so is the room in the queue. How large a model is depends on the data, which no coordinator
 reads: `job.parameters` is held by the job's own workers, before they allocate the model. `running` and `user.running`
-refuse nothing: a job beyond them waits and says so. A user is who submitted a job; where the coordinator does not ask,
-all are one.
+refuse nothing: a job beyond them waits and says so. A user is who submitted a job, by the name of a token; before there
+is one, all are one.
 """
 
 from __future__ import annotations

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import sqlalchemy as sa
 
-HEAD = "2"
-REVISIONS = ("1", "2")  # oldest first; a store at any other was written by another version
+HEAD = "3"
+REVISIONS = ("1", "2", "3")  # oldest first; a store at any other was written by another version
 
 # 64 bits everywhere: SQLite's INTEGER has them, and numbers its rows by itself only under that name.
 WIDE = sa.BigInteger().with_variant(sa.Integer, "sqlite")
@@ -79,4 +79,16 @@ labels = sa.Table(
     sa.Column("name", sa.Text, primary_key=True),
     sa.Column("value", sa.Text, nullable=False),
     sa.Index("labels_by_value", "name", "value"),
+)
+tokens = sa.Table(
+    "tokens",
+    tables,
+    sa.Column("number", WIDE, primary_key=True, autoincrement=True),
+    sa.Column("name", sa.Text, nullable=False),
+    sa.Column("role", sa.Text, nullable=False),
+    sa.Column("digest", sa.Text, nullable=False, unique=True),
+    sa.Column("created_microseconds", WIDE, nullable=False),
+    sa.Column("expires_microseconds", WIDE),  # null: never
+    sa.Column("revoked_microseconds", WIDE),  # null: not
+    sqlite_autoincrement=True,
 )

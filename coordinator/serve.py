@@ -1,18 +1,16 @@
 """Builds the coordinator out of its parts and runs it until it is told to stop.
 
-Rules: everything that can refuse to start does so before a job is touched: the folder's lock, the store, both ports.
-A refused start leaves no state folder that was not there before.
+Rules: everything that can refuse to start does so before a job is touched: the folder's lock, the store, the
+certificate, both ports.
 Settings arrive as arguments; the parts get clock, registry and paths from here and read none of their own.
 """
 
 from __future__ import annotations
 
 import contextlib
-import fcntl
+import json
 import logging
-import os
 import queue
-import shutil
 import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -30,18 +28,25 @@ from prometheus_client import CollectorRegistry
 
 from coordinator.addresses import Address, AddressInvalid, AddressUnusable, check_free, parse_address, unusable
 from coordinator.answers import SHORT_CALLS_AT_MOST, STREAMS_AT_MOST
+from coordinator.audit import AuditLog
+from coordinator.callers import Callers
+from coordinator.certificates import Certificates, CertificateUnusable, TlsFiles
 from coordinator.changes import Changes
 from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
+from coordinator.exposure import exposure_fault, exposure_warning, no_token_yet
 from coordinator.folders import JobFolder, write_atomically
-from coordinator.http_port import HttpPort
+from coordinator.guard import Guard
+from coordinator.http_port import HttpPort, Refusal
 from coordinator.jobs import Job
 from coordinator.launchers import local
 from coordinator.metrics import Metrics
+from coordinator.metrics_guard import MetricsGuard
 from coordinator.quotas import DEFAULT_QUOTAS, Quotas, read_quotas
 from coordinator.runs import Launcher
 from coordinator.scheduler import Capacity
 from coordinator.service import CoordinatorService
+from coordinator.state_folder import CannotServe, locked
 from coordinator.store import Store
 from protos import coordinator_pb2, coordinator_pb2_grpc, environment
 from protos.exit_codes import ExitCode
@@ -49,18 +54,9 @@ from protos.urls import is_url
 
 STOP_LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
-LOCK = "lock"
 ADDRESS = "address"  # where workers find the coordinator that is there now; they outlive one
 SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _HEALTH = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
-
-
-class CannotServe(Exception):
-    """The coordinator cannot start; the message says why and what to do."""
-
-    def __init__(self, message: str, exit_code: ExitCode = ExitCode.FAILED) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,8 @@ class Settings:
     worker: str
     store: sa.URL | None = None  # None: SQLite in the state folder
     quotas: Quotas = DEFAULT_QUOTAS
+    tls: TlsFiles | None = None
+    insecure: bool = False  # others may reach it without a certificate, and without tokens where none was made
     start_deadline_seconds: float = 60.0
     grace_seconds: float = 5.0
 
@@ -88,6 +86,8 @@ def serve(
     slots: int,
     store: str = "",
     limits: Sequence[str] = (),
+    tls: TlsFiles | None = None,
+    insecure: bool = False,
 ) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
@@ -97,7 +97,7 @@ def serve(
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
     data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
     store: a PostgreSQL database in place of the SQLite file in the state folder. limits: `NAME=NUMBER` each, the names
-    in quotas.LIMITS.
+    in quotas.LIMITS. tls: what the coordinator shows of itself. insecure: others may reach it all the same without.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event set by a handler can meet its own wait and lock up
@@ -107,7 +107,7 @@ def serve(
 
     previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        settings = read_settings(listen, http, state, data_roots, slots, store, limits)
+        settings = read_settings(listen, http, state, data_roots, slots, store, limits, tls, insecure)
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
             coordinator.ends_jobs = _first(stop) != signal.SIGTERM
@@ -135,12 +135,19 @@ def read_settings(
     slots: int,
     store: str = "",
     limits: Sequence[str] = (),
+    tls: TlsFiles | None = None,
+    insecure: bool = False,
 ) -> Settings:
-    """Check what was typed, raising CannotServe; warns when others can reach the coordinator."""
+    """Check what was typed, raising CannotServe; --insecure is told what it means."""
     try:
         listen_address, http_address = parse_address("--listen", listen), parse_address("--http", http)
     except AddressInvalid as fault:
         raise CannotServe(str(fault), ExitCode.USAGE) from fault
+    reached = [(f"--listen {listen}", listen_address), (f"--http {http}", http_address)]
+    if refused := exposure_fault(reached, tls is not None, insecure):
+        raise CannotServe(refused, ExitCode.USAGE)
+    if warning := exposure_warning(reached, tls is not None):
+        print(f"warning: {warning}", file=sys.stderr)
     if slots < 1:
         raise CannotServe(f"--slots: {slots} is not at least 1", ExitCode.USAGE)
     try:
@@ -158,11 +165,10 @@ def read_settings(
         mpirun, worker = local.find_mpirun(), local.find_worker()
     except local.LauncherMissing as fault:
         raise CannotServe(str(fault)) from fault
-    if not listen_address.loopback:
-        reach = f"--listen {listen}: other machines can reach this coordinator and it has no authentication yet"
-        print(f"warning: {reach}; whoever reaches it can run jobs here", file=sys.stderr)
     roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)
-    return Settings(listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url, quotas)
+    return Settings(
+        listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url, quotas, tls, insecure
+    )
 
 
 class Coordinator:
@@ -170,20 +176,31 @@ class Coordinator:
 
     def __init__(self, settings: Settings, store: Store, registry: CollectorRegistry) -> None:
         self.settings = settings
+        self.tokens = store.tokens
         self.registry = registry
         self.ends_jobs = True  # when it stops
         self._stopping = False
         self._changes = Changes()
         metrics = Metrics(settings.slots, _now, store.count_by_state, registry)
-        self.http = _http_port(settings.http, registry, self.fault)
+        self._certificates = Certificates(settings.tls) if settings.tls else None
+        audit = AuditLog(settings.state, _now)
+        exposed = [address for address in (settings.listen, settings.http) if not address.loopback]
+        tokens_needed = bool(exposed) and not settings.insecure
+        if tokens_needed and not store.tokens.all():
+            raise CannotServe(no_token_yet(settings.state, settings.store is not None), ExitCode.USAGE)
+        callers = Callers(store.tokens.all, _now, tokens_needed=tokens_needed)
+        self.http = _http_port(
+            settings.http, registry, self.fault, MetricsGuard(callers, audit).refusal, self._certificates
+        )
         try:
-            self._server, self._health, self.grpc_address = _grpc_server(settings.listen)
+            guard = Guard(SERVICE_NAME, callers, store.owner, audit)
+            self._server, self._health, self.grpc_address = _grpc_server(settings.listen, guard, self._certificates)
         except AddressUnusable:
             self.http.stop()
             raise
         self.controller = Controller(
             store=store,
-            launcher=_launcher(settings, self.grpc_address.for_this_machine()),
+            launcher=_launcher(settings, self.grpc_address.for_this_machine(), self._certificates),
             metrics=metrics,
             changes=self._changes,
             state=settings.state,
@@ -199,6 +216,7 @@ class Coordinator:
             data_roots=settings.data_roots,
             slots=settings.slots,
             quotas=settings.quotas,
+            caller=lambda context: callers.of(context.invocation_metadata()),
         )
         add_service = coordinator_pb2_grpc.add_CoordinatorServiceServicer_to_server
         add_service(service, self._server)  # type: ignore[no-untyped-call]  # generated without types
@@ -237,7 +255,7 @@ class Coordinator:
 @contextlib.contextmanager
 def running(settings: Settings) -> Iterator[Coordinator]:
     """A coordinator that serves inside the `with` block; it leaves no process behind unless told to. CannotServe."""
-    with _locked(settings.state), contextlib.ExitStack() as opened:
+    with locked(settings.state), contextlib.ExitStack() as opened:
         registry = CollectorRegistry()
         try:
             store = Store(settings.store or sqlite_at(settings.state / "paceline.sqlite"))
@@ -247,6 +265,8 @@ def running(settings: Settings) -> Iterator[Coordinator]:
             coordinator.start()
         except (StoreUnusable, StoreUnavailable, AddressUnusable) as fault:
             raise CannotServe(str(fault)) from fault
+        except CertificateUnusable as fault:
+            raise CannotServe(str(fault), ExitCode.USAGE) from fault
         yield coordinator
 
 
@@ -257,31 +277,43 @@ def _now() -> datetime:
     return datetime.now(UTC)
 
 
-def _http_port(address: Address, registry: CollectorRegistry, fault: Callable[[], str | None]) -> HttpPort:
+def _http_port(
+    address: Address,
+    registry: CollectorRegistry,
+    fault: Callable[[], str | None],
+    refusal: Refusal,
+    certificates: Certificates | None,
+) -> HttpPort:
     try:
-        return HttpPort(*address, registry, fault)
+        return HttpPort(*address, registry, fault, refusal, certificates)
     except OSError as error:
         raise unusable("--http", address, error) from error
 
 
-def _grpc_server(listen: Address) -> tuple[grpc.Server, health.HealthServicer, Address]:
+def _grpc_server(
+    listen: Address, guard: Guard, certificates: Certificates | None
+) -> tuple[grpc.Server, health.HealthServicer, Address]:
     """A bound server that does not answer yet."""
     check_free("--listen", listen)
     server = grpc.server(
         ThreadPoolExecutor(STREAMS_AT_MOST + SHORT_CALLS_AT_MOST, thread_name_prefix="grpc"),
+        interceptors=[guard],
         options=[("grpc.so_reuseport", 0)],  # else a second coordinator would share the port and take half the calls
     )
     servicer = health.HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection((SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME), server)
     try:
-        port = server.add_insecure_port(str(listen))
+        if certificates is None:
+            port = server.add_insecure_port(str(listen))
+        else:
+            port = server.add_secure_port(str(listen), certificates.grpc_credentials())
     except RuntimeError as fault:  # taken since the check
         raise AddressUnusable(f"--listen: cannot listen on {listen}: {fault}") from fault
     return server, servicer, Address(listen.host, port)
 
 
-def _launcher(settings: Settings, coordinator: Address) -> Launcher:
+def _launcher(settings: Settings, coordinator: Address, certificates: Certificates | None) -> Launcher:
     """Starts `paceline-worker` through mpirun on this machine."""
     cores = local.available_cores()
     address_file = settings.state / ADDRESS
@@ -298,6 +330,10 @@ def _launcher(settings: Settings, coordinator: Address) -> Launcher:
             environment.JOB_ATTEMPT: str(job.attempt),
             environment.JOB_TOKEN: secret,
         }
+        if certificates is not None:
+            forwarded |= _tls_of_workers(certificates)
+        if settings.data_roots:
+            forwarded[environment.DATA_ROOTS] = json.dumps([str(root) for root in settings.data_roots])
         if settings.quotas.job_parameters:
             forwarded[environment.PARAMETERS_ALLOWED] = str(settings.quotas.job_parameters)
         launch = local.render(
@@ -316,38 +352,13 @@ def _launcher(settings: Settings, coordinator: Address) -> Launcher:
     return Launcher(start, adopt, local.explain)
 
 
-@contextlib.contextmanager
-def _locked(state: Path) -> Iterator[None]:
-    """The state folder, for this coordinator alone. The lock dies with the process, however that ends."""
-    try:
-        missing = [folder for folder in (state, *state.parents) if not folder.exists()]
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)  # logs and data paths are nobody else's business
-        file = open(state / LOCK, "a+", encoding="utf-8")  # noqa: SIM115  # closed below
-    except OSError as fault:
-        raise CannotServe(f"--state: cannot use {state}: {fault.strerror}") from fault
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            message = f"another coordinator (pid {file.read().strip() or 'unknown'}) uses {state}"
-            raise CannotServe(f"{message}: stop it, or give this one another --state folder") from None
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        # Looked at under the lock: another coordinator may have made the folder, and kept jobs in it, meanwhile.
-        made = missing if [path.name for path in state.iterdir()] == [LOCK] else []
-        try:
-            yield
-        except CannotServe:
-            _remove_made(made)
-            raise
-
-
-def _remove_made(folders: Sequence[Path]) -> None:
-    """Undo what a refused start made: the state folder with all in it, and the folders above it that hold nothing."""
-    if folders:
-        shutil.rmtree(folders[0], ignore_errors=True)  # the refusal is what must be told
-    with contextlib.suppress(OSError):  # somebody has put something there meanwhile
-        for folder in folders[1:]:
-            folder.rmdir()
+def _tls_of_workers(certificates: Certificates) -> dict[str, str]:
+    """How workers know this coordinator: by its very certificate. Where clients must show one, they show the same."""
+    files = certificates.files
+    forwarded = {
+        environment.COORDINATOR_CERTIFICATE: str(files.certificate.absolute()),
+        environment.COORDINATOR_NAME: certificates.name,
+    }
+    if files.client_ca is not None:
+        forwarded[environment.COORDINATOR_KEY] = str(files.key.absolute())
+    return forwarded

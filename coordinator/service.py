@@ -18,12 +18,14 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from coordinator import artifacts, auth, logs
 from coordinator.admission import NotAllowed, violations_of
 from coordinator.answers import STREAMS_AT_MOST, answer, answer_stream
+from coordinator.callers import LOCAL, Caller
 from coordinator.changes import Changes
 from coordinator.controller import Controller
-from coordinator.filters import FilterInvalid, condition_of, read_filter
+from coordinator.filters import FilterInvalid, Term, condition_of, read_filter
 from coordinator.folders import job_folder
 from coordinator.jobs import Job
 from coordinator.pages import page_token, read_page_token
+from coordinator.permissions import RULES, Reach
 from coordinator.quotas import Quotas, check_job
 from coordinator.refusals import Refused, no_such_job
 from coordinator.store import Store
@@ -40,9 +42,9 @@ RECHECK_SECONDS = 30.0  # how long a watcher sleeps at most; the bell wakes it l
 LOG_PAUSE_SECONDS = 0.2  # between two looks at growing log files
 
 
-def nobody(_context: grpc.ServicerContext) -> str:
+def nobody(_context: grpc.ServicerContext) -> Caller:
     """The caller where nobody is asked who they are."""
-    return ""
+    return LOCAL
 
 
 class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
@@ -58,7 +60,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         data_roots: Sequence[Path | str],
         slots: int,
         quotas: Quotas,
-        caller: Callable[[grpc.ServicerContext], str] = nobody,
+        caller: Callable[[grpc.ServicerContext], Caller] = nobody,
     ) -> None:
         self._controller = controller
         self._store = store
@@ -67,7 +69,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         self._data_roots = tuple(data_roots)
         self._slots = slots
         self._quotas = quotas
-        self._caller = caller  # whose jobs those are that a call submits
+        self._caller = caller  # whose jobs those are that a call submits or lists; the guard has let the call in
         self.streams = threading.Semaphore(STREAMS_AT_MOST)
 
     # ---------------------------------------------------------------------------------------------------------- jobs
@@ -85,7 +87,7 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         check_job(spec, self._quotas)
         if request.validate_only:
             return pb.SubmitJobResponse(job=job_pb2.Job(spec=spec))
-        job = self._controller.submit(spec, request.request_id, self._caller(context))
+        job = self._controller.submit(spec, request.request_id, self._caller(context).name)
         return pb.SubmitJobResponse(job=to_proto(job, None))
 
     @answer
@@ -96,8 +98,11 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def ListJobs(self, request: pb.ListJobsRequest, context: grpc.ServicerContext) -> pb.ListJobsResponse:
         if request.page_size < 0:
             raise Refused("InvalidRequest", f"page_size: {request.page_size} is below 0")
+        caller = self._caller(context)
+        own = RULES["ListJobs"].reach[caller.role] is Reach.OWN
         try:
-            condition = condition_of(read_filter(request.filter))
+            terms = read_filter(request.filter)
+            condition = condition_of([*terms, Term("owner", "=", caller.name)] if own else terms)
         except FilterInvalid as fault:
             raise Refused("InvalidRequest", f"filter: {fault}") from fault
         try:

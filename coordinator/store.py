@@ -15,6 +15,7 @@ from coordinator.database import Database
 from coordinator.jobs import ENDED, Job, JobState, StateChange, is_id
 from coordinator.rows import change_of, changing_columns, fixed_columns, history_rows, job_of, label_rows
 from coordinator.schema import history, jobs, labels, reports, requests
+from coordinator.tokens import Tokens
 from protos import job_pb2
 
 
@@ -35,6 +36,7 @@ class Store:
 
     def __init__(self, url: sa.URL) -> None:
         self._database = Database(url)
+        self.tokens = Tokens(self._database)
 
     def close(self) -> None:
         self._database.close()
@@ -52,7 +54,7 @@ class Store:
             if rows := label_rows(number, job):
                 connection.execute(sa.insert(labels), rows)
             if request_id:
-                connection.execute(sa.insert(requests).values(request_id=request_id, job=number))
+                connection.execute(sa.insert(requests).values(request_id=_key(job.owner, request_id), job=number))
 
     def save(self, job: Job) -> None:
         """Store what `advance` made of a job. KeyError when there is no such job.
@@ -124,9 +126,16 @@ class Store:
     def get(self, job_id: str) -> Job | None:
         return next(iter(self._read(sa.select(jobs).where(jobs.c.id == job_id))), None) if is_id(job_id) else None
 
-    def request(self, request_id: str) -> Job | None:
-        """The job a request made."""
-        made = sa.select(requests.c.job).where(requests.c.request_id == request_id)
+    def owner(self, job_id: str) -> str | None:
+        """Whose job it is; None where there is no such job."""
+        if not is_id(job_id):
+            return None
+        with self._database.reading() as connection:
+            return connection.execute(sa.select(jobs.c.owner).where(jobs.c.id == job_id)).scalar_one_or_none()
+
+    def request(self, request_id: str, owner: str = "") -> Job | None:
+        """The job that this owner's request made."""
+        made = sa.select(requests.c.job).where(requests.c.request_id == _key(owner, request_id))
         return next(iter(self._read(sa.select(jobs).where(jobs.c.number.in_(made)))), None)
 
     def open_jobs(self) -> list[Job]:
@@ -201,3 +210,8 @@ class Store:
             ):
                 histories[change.job].append(change_of(change))
         return [job_of(row, tuple(histories[row.number])) for row in rows]
+
+
+def _key(owner: str, request_id: str) -> str:
+    """Request ids are each owner's own: nobody is given another's job for repeating its id. No name holds a newline."""
+    return f"{owner}\n{request_id}" if owner else request_id

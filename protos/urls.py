@@ -5,6 +5,10 @@ Rules: text alone decides, nothing is opened. A path never reads as a URL by acc
 
 import re
 
+# Stores on other machines. `file` and its like name this machine's files, past the rules for paths; others read what a
+# URL names by the way of programs or archives.
+STORE_SCHEMES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hdfs", "webhdfs", "https", "http")
+
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _AUTHORITY = re.compile(r"(?P<scheme>[^:]*://)(?P<user>[^/?#]*@)?(?P<rest>[^?#]*)")
 
@@ -12,6 +16,11 @@ _AUTHORITY = re.compile(r"(?P<scheme>[^:]*://)(?P<user>[^/?#]*@)?(?P<rest>[^?#]*
 def is_url(text: str) -> bool:
     """Whether it begins with a scheme, as `s3://bucket/key` does."""
     return _URL.match(text) is not None
+
+
+def is_in_store(url: str) -> bool:
+    """Whether its scheme is that of a store on another machine."""
+    return url.partition("://")[0].lower() in STORE_SCHEMES
 
 
 def holds_credentials(url: str) -> bool:

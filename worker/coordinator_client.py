@@ -6,7 +6,6 @@ can't be delivered by the end stays in metrics.jsonl, from which the coordinator
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import sys
 import threading
@@ -15,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 from protos import environment
+from worker.coordinator_line import CoordinatorLine, Tls, tls_of
 
 Item = tuple[dict[str, Any] | None, list[dict[str, Any]]]
 CALL_SECONDS = 5.0  # deadline of one call
 RETRY_SECONDS = 0.5
 BATCH = 1000  # items in one call: what piles up while the coordinator is away may be more than gRPC takes at once
-# Left to itself gRPC looks ever more seldom, in the end every two minutes, whether somebody answers again.
-CHANNEL_OPTIONS = (("grpc.initial_reconnect_backoff_ms", 100), ("grpc.max_reconnect_backoff_ms", 1000))
 CLOSE_SECONDS = 10.0  # how long the end of a job waits for the last reports to leave
 
 
@@ -32,15 +30,22 @@ class CoordinatorClient:
         address: host:port of the CoordinatorService.
         token: the job's own, shown on every call.
         address_file: says the address anew when the coordinator came back at another; None: it never does.
+        tls: how the coordinator is known; None where it speaks without TLS.
     """
 
-    def __init__(self, address: str, job_id: str, attempt: int, token: str, address_file: Path | None = None) -> None:
-        self._address = address
-        self._address_file = address_file
+    def __init__(
+        self,
+        address: str,
+        job_id: str,
+        attempt: int,
+        token: str,
+        address_file: Path | None = None,
+        tls: Tls | None = None,
+    ) -> None:
+        self._line = CoordinatorLine(address, address_file, tls)
         self._job_id = job_id
         self._attempt = attempt
         self._metadata = (("authorization", f"Bearer {token}"),)
-        self._channel: Any = None  # grpc.Channel
         self._queue: queue.SimpleQueue[Item | None] = queue.SimpleQueue()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name="coordinator-client", daemon=True)
@@ -57,7 +62,8 @@ class CoordinatorClient:
         self._thread.join(timeout=CLOSE_SECONDS)
         if self._thread.is_alive():
             print(
-                f"the coordinator at {self._address} did not take the last reports in {CLOSE_SECONDS:g} s", flush=True
+                f"the coordinator at {self._line.address} did not take the last reports in {CLOSE_SECONDS:g} s",
+                flush=True,
             )
 
     def _run(self) -> None:
@@ -68,26 +74,7 @@ class CoordinatorClient:
                 if batch:
                     ended |= not self._deliver(batch)
         finally:
-            if self._channel is not None:
-                self._channel.close()
-
-    def _stub(self) -> Any:
-        """Of the coordinator where it is now."""
-        import grpc
-
-        from protos import coordinator_pb2_grpc
-
-        address = self._address
-        if self._address_file is not None:
-            with contextlib.suppress(OSError):  # the state folder may be away; what was known last is as good
-                address = self._address_file.read_text().strip() or address
-        if self._channel is not None and address != self._address:
-            self._channel.close()
-            self._channel = None
-        if self._channel is None:
-            self._address = address
-            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
-        return coordinator_pb2_grpc.CoordinatorServiceStub(self._channel)  # type: ignore[no-untyped-call]  # generated
+            self._line.close()
 
     def _next_batch(self) -> tuple[list[Item], bool]:
         """What waits, at least one; and whether it is the last."""
@@ -120,7 +107,7 @@ class CoordinatorClient:
         tries_after_closing = int(CLOSE_SECONDS / (CALL_SECONDS + RETRY_SECONDS))
         while tries_after_closing > 0:
             try:
-                self._stub().ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
+                self._line.stub().ReportProgress(request, timeout=CALL_SECONDS, metadata=self._metadata)
                 return True
             except grpc.RpcError as error:
                 if error.code() not in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
@@ -128,8 +115,9 @@ class CoordinatorClient:
                     return False
             if self._closing.wait(RETRY_SECONDS):
                 tries_after_closing -= 1
+            self._line.renew()
         waiting = len(request.reports)
-        print(f"the coordinator at {self._address} did not take the last reports, {waiting} or more", flush=True)
+        print(f"the coordinator at {self._line.address} did not take the last reports, {waiting} or more", flush=True)
         return False
 
 
@@ -144,4 +132,5 @@ def connect(settings: Mapping[str, str]) -> CoordinatorClient | None:
         int(settings[environment.JOB_ATTEMPT]),
         settings[environment.JOB_TOKEN],
         Path(file) if (file := settings.get(environment.COORDINATOR_ADDRESS_FILE)) else None,
+        tls_of(settings),
     )

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 
 from worker.checkpoint import read_safetensors
+from worker.data.files import reachable
 from worker.engine.model import Model
-from worker.errors import CheckpointFault
+from worker.errors import CheckpointFault, DataFault
 
 
 @dataclass(frozen=True)
@@ -29,7 +30,7 @@ class InitialWeights:
 
     def load(self, model: Model) -> None:
         """Write the tensors that fit into the attached parameters and the state, the rest untouched."""
-        tensors, _ = read_safetensors(self.path)
+        tensors = _read(self.path)
         values = model.named_parameters() | model.named_state()
         for name in self.fitted:
             values[name][...] = tensors[name]
@@ -55,10 +56,16 @@ def open_initial_weights(path: Path, model: Model, place: str = "") -> InitialWe
     if not path.is_file():
         raise CheckpointFault(f"initialize_from: {place}: is no file; check the path in the job file")
     try:
-        tensors, _ = read_safetensors(path)
+        tensors = _read(path)
     except CheckpointFault as fault:
         message = str(fault).replace(str(path), place)
         raise CheckpointFault(f"initialize_from: {message}; name an intact safetensors file") from fault
+    except DataFault as fault:
+        raise DataFault(f"initialize_from: {fault}") from fault
+    except OSError as error:
+        raise CheckpointFault(
+            f"initialize_from: {place}: cannot be read: {error.strerror}; see its permissions"
+        ) from error
     except (TypeError, AttributeError) as error:  # bfloat16, float8 and their like, which NumPy does not know
         raise CheckpointFault(f"initialize_from: {place}: {error}; save its tensors as float32") from error
     fitted, unfitted = [], []
@@ -87,6 +94,14 @@ def open_initial_weights(path: Path, model: Model, place: str = "") -> InitialWe
     known = {slot.name for slot in slots}
     unfitted += [f"{name}: is in the file and not in the model" for name in sorted(tensors.keys() - known)]
     return InitialWeights(path, place, tuple(fitted), tuple(unfitted))
+
+
+def _read(path: Path) -> dict[str, np.ndarray]:
+    with reachable(str(path)) as here:
+        try:
+            return read_safetensors(Path(here))[0]
+        except CheckpointFault as fault:
+            raise CheckpointFault(str(fault).replace(here, str(path))) from fault
 
 
 def _all_finite(tensor: np.ndarray, dtype: np.dtype[Any]) -> bool:

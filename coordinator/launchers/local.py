@@ -26,7 +26,7 @@ from pathlib import Path
 from coordinator.jobs import Process
 from coordinator.launchers import keeper
 from coordinator.launchers.causes import LAUNCHER_LOG, Cause, begin_attempt, explain
-from protos.environment import FAST_START, ROOT_ALLOWED
+from protos.environment import FAST_START, ROOT_ALLOWED, SECRETS
 
 __all__ = [
     "Cause",
@@ -227,7 +227,7 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:
             child = subprocess.Popen(
                 command,
-                env={**os.environ, **scratch.environment, **launch.environment},
+                env={**_without_secrets(os.environ), **scratch.environment, **launch.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -240,6 +240,10 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
     stat = keeper.read_stat(child.pid)
     assert stat is not None, "a child that nobody has waited for is in /proc"
     return Running(Process(child.pid, stat.start_ticks), record, scratch.folders, child)
+
+
+def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in variables.items() if name not in SECRETS}
 
 
 def adopt(log_dir: Path, attempt: int) -> Running | None:

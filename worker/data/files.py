@@ -13,6 +13,8 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from worker.data.confinement import confined
+from worker.data.stores import cache_folder
 from worker.errors import DataFault
 
 DEFLATE_MAX_RATIO = 1032  # no deflate stream unpacks to more than this many times its size (zlib's technical notes)
@@ -21,7 +23,8 @@ DEFLATE_MAX_RATIO = 1032  # no deflate stream unpacks to more than this many tim
 def size_of(path: str) -> int:
     """Size in bytes of a data file that exists, is a regular file and is not empty; DataFault otherwise."""
     try:
-        status = os.stat(path)
+        with reachable(path) as here:
+            status = os.stat(here)
     except FileNotFoundError:
         folder = os.path.dirname(path) or "."
         missing = (
@@ -39,10 +42,17 @@ def size_of(path: str) -> int:
 
 
 @contextmanager
+def reachable(path: str) -> Iterator[str]:
+    """The path to open for it, good until the block ends; DataFault where the coordinator lets no job read it."""
+    with confined(path, own=(cache_folder(),)) as here:
+        yield here
+
+
+@contextmanager
 def opened(path: str) -> Iterator[BufferedReader]:
     """The file, open for reading bytes; what the operating system refuses, now or later, is a DataFault."""
     try:
-        with open(path, "rb") as file:
+        with reachable(path) as here, open(here, "rb") as file:
             yield file
     except OSError as error:
         if error.strerror is None:  # not from the operating system: the format's own business

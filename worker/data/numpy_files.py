@@ -15,7 +15,7 @@ import numpy as np
 from numpy.lib import format as npy_format
 from numpy.typing import NDArray
 
-from worker.data.files import DEFLATE_MAX_RATIO, fill, opened, size_of
+from worker.data.files import DEFLATE_MAX_RATIO, fill, opened, reachable, size_of
 from worker.data.stored_array import StoredArray
 from worker.errors import DataFault
 
@@ -49,7 +49,8 @@ def read_npy(path: str) -> StoredArray:
     if math.prod(header.shape) == 0:  # an empty range cannot be mapped
         return StoredArray(np.empty(header.shape, header.stored), path)
     try:
-        mapped = np.load(path, mmap_mode="r", allow_pickle=False)
+        with reachable(path) as here:
+            mapped = np.load(here, mmap_mode="r", allow_pickle=False)
     except (OSError, ValueError) as error:  # a limit on mappings, or a file that shrank since it was measured
         raise DataFault(f"{path}: cannot be memory-mapped: {error}; check the file") from error
     return StoredArray(np.asarray(mapped), path)  # a plain array over the map: indexing np.memmap itself is slower

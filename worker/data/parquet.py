@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.data.files import opened, size_of
+from worker.data.files import opened, reachable, size_of
 from worker.data.stored_array import Index, StoredArray
 from worker.data.table import feature_positions, target_position
 from worker.errors import DataFault
@@ -51,7 +51,7 @@ def _read(path: str, grouped: Callable[[Sequence[str]], list[list[int]]]) -> lis
     _check_magic(path)
     pyarrow, parquet = _pyarrow(path)
     try:
-        with parquet.ParquetFile(path) as file:
+        with reachable(path) as here, parquet.ParquetFile(here) as file:
             columns = _columns(path, pyarrow, file.schema_arrow)
             return _read_groups(path, file, columns, grouped([column.name for column in columns]))
     except MemoryError:  # pyarrow's own is one of its exceptions too

@@ -25,6 +25,7 @@ from protos import job_pb2
 from protos.labels import is_map
 from protos.rules import rule_of
 from protos.urls import holds_credentials, is_url, shown
+from worker.data.confinement import check_url
 from worker.errors import DataFault
 
 CACHE = "PACELINE_CACHE"  # environment variable: a folder
@@ -50,6 +51,7 @@ def local_path(
     """
     if not is_url(text):
         return text
+    check_url(text)
     place = shown(text)
     if holds_credentials(text):
         raise DataFault(f"{place}: holds a user or password; give credentials by the environment, not in the job file")

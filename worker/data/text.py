@@ -8,7 +8,7 @@ left at the end and fills no window is not read.
 import numpy as np
 from numpy.typing import NDArray
 
-from worker.data.files import size_of
+from worker.data.files import reachable, size_of
 from worker.data.stored_array import StoredArray
 from worker.errors import DataFault
 
@@ -51,7 +51,8 @@ def read_windows(path: str, context: int) -> tuple[StoredArray, int]:
 def _map(path: str, needed_bytes: int) -> NDArray[np.uint8]:
     """The file's bytes, memory-mapped: at least as many as it was just said to have."""
     try:
-        mapped = np.memmap(path, np.uint8, mode="r")
+        with reachable(path) as here:
+            mapped = np.memmap(here, np.uint8, mode="r")
     except (OSError, ValueError) as error:  # a limit on mappings, no permission, or a file that shrank meanwhile
         raise DataFault(f"{path}: cannot be memory-mapped: {error}; check the file and its permissions") from error
     text = np.asarray(mapped)  # a plain array over the map: indexing np.memmap itself is slower

@@ -123,3 +123,32 @@ def serve_with(settings: Settings) -> Iterator[Callable[..., Talk]]:
 @pytest.fixture
 def talk(serve_with: Callable[..., Talk]) -> Talk:
     return serve_with()
+
+
+def variables_of(job_id: str) -> dict[str, str] | None:
+    """The environment of a job's process, once there is one."""
+    for entry in Path("/proc").iterdir():
+        try:
+            variables = dict(pair.split("=", 1) for pair in (entry / "environ").read_text().split("\0") if "=" in pair)
+        except (OSError, UnicodeDecodeError):
+            continue
+        if variables.get("PACELINE_JOB_ID") == job_id:
+            return variables
+    return None
+
+
+@pytest.fixture
+def environment_of() -> Callable[[str], dict[str, str] | None]:
+    return variables_of
+
+
+@pytest.fixture
+def token_of() -> Callable[[str], str]:
+    """The token of a job's process."""
+
+    def found(job_id: str) -> str:
+        variables = variables_of(job_id)
+        assert variables is not None, f"no process of {job_id}"
+        return variables["PACELINE_JOB_TOKEN"]
+
+    return found

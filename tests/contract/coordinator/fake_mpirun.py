@@ -99,6 +99,10 @@ match name:
     case "long":  # reports once, then never ends by itself
         report(1, loss=1.0)
         time.sleep(600)
+    case "chatty":  # goes on writing lines
+        while True:
+            print("still here", file=rank_log)
+            time.sleep(0.05)
     case "long-once":  # the same, but another attempt ends well
         if os.environ["PACELINE_JOB_ATTEMPT"] == "1":
             report(1, loss=1.0)

@@ -238,18 +238,12 @@ def test_a_refused_start_leaves_a_state_folder_that_was_there(settings) -> None:
     assert sorted(settings.state.iterdir()) == before
 
 
-def test_listening_for_others_warns_that_nobody_is_asked_who_they_are(serving, state) -> None:
-    one = serving("0.0.0.0:0", FREE, state)
-    assert one.line.startswith("paceline coordinator ready: grpc 0.0.0.0:")
-    code, errors = one.end()
-    assert code == 0
-    assert errors.startswith("warning: --listen 0.0.0.0:0: other machines can reach this coordinator")
-
-
 @pytest.mark.parametrize(
     ("arguments", "fault"),
     [
         (("nonsense", FREE, "{state}"), "error: --listen: 'nonsense' is not HOST:PORT"),
+        (("0.0.0.0:0", FREE, "{state}"), "error: --listen 0.0.0.0:0: other machines can reach this: give --tls-"),
+        ((FREE, "0.0.0.0:0", "{state}"), "error: --http 0.0.0.0:0: other machines can reach this: give --tls-"),
         ((FREE, FREE, "{state}", "0"), "error: --slots: 0 is not at least 1"),
         ((FREE, FREE, "{state}", "2", "mysql://me:secret@here/jobs"), "error: --store: 'mysql' is not postgresql"),
         ((FREE, FREE, "{state}", "2", "", "jobs=4"), "error: --limit: 'jobs=4': there is no limit 'jobs'; there are "),

@@ -1,12 +1,15 @@
 """Which jobs a coordinator takes."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from google.protobuf.descriptor import Descriptor
 
 from coordinator.admission import NotAllowed, violations_of
 from protos import job_pb2
 from protos.job_file import parse_job
+from protos.rules import rule_of
 
 
 def job(path: str, workers: int = 1) -> job_pb2.JobSpec:
@@ -116,3 +119,44 @@ def test_a_refused_url_is_named_without_its_secrets() -> None:
     (fault,) = violations_of(job("https://someone:secret@host/x.csv?signature=secret"), ("s3://bucket",), 2)
     assert "'https://host/x.csv' is not under a folder" in fault.message
     assert "secret" not in fault.message
+
+
+@pytest.mark.parametrize("scheme", ["file", "local", "ssh", "sftp", "zip", "simplecache", "memory", "github"])
+def test_a_scheme_that_is_no_stores_is_taken_where_a_root_names_it_and_nowhere_else(scheme: str) -> None:
+    (fault,) = violations_of(job(f"{scheme}://data/x.csv"), (), 2)
+    assert isinstance(fault, NotAllowed)
+    assert "is of no scheme that this coordinator lets jobs read from: s3, " in fault.message
+    assert violations_of(job(f"{scheme}://data/x.csv"), (f"{scheme}://data",), 2) == []
+
+
+def paths_of(descriptor: Descriptor, place: str = "") -> Iterator[str]:
+    """Every field of a message that is a path, by rule."""
+    for field in descriptor.fields:
+        here = f"{place}.{field.name}" if place else field.name
+        if field.message_type is not None and not field.message_type.GetOptions().map_entry:
+            if here.count(".") < 6:  # layers may hold layers
+                yield from paths_of(field.message_type, here)
+        elif rule_of(field).path:
+            yield here
+
+
+def test_every_path_of_a_job_file_is_confined_and_none_of_them_is_written(tmp_path: Path) -> None:
+    """What a job writes is named by the coordinator alone: the file has no field for it, nor for a command."""
+    places = set(paths_of(job_pb2.JobSpec.DESCRIPTOR))
+    sources = {f"data.{part}.{rest}" for part in ("train", "validation") for rest in SOURCE_PATHS}
+    assert places == sources | {"initialize_from"}
+    for place in places:
+        spec = job_pb2.JobSpec()
+        *folders, name = place.split(".")
+        message = spec
+        for folder in folders:
+            message = getattr(message, folder)
+        setattr(message, name, "/etc/passwd")
+        faults = [fault for fault in violations_of(spec, (tmp_path.resolve(),), 2) if isinstance(fault, NotAllowed)]
+        assert [fault.path for fault in faults] == [place]
+
+
+SOURCE_PATHS = (
+    *("idx.images", "idx.labels", "npz.path", "npy.features", "npy.targets"),
+    *("csv.path", "parquet.path", "text.path"),
+)

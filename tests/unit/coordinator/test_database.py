@@ -139,7 +139,7 @@ def test_a_store_of_a_newer_version_is_left_alone_in_one_line(url, engine) -> No
     Store(url).close()
     with engine.begin() as connection:
         connection.execute(sa.update(schema.revision).values(version_num="99"))
-    with pytest.raises(StoreUnusable, match=r"another version of paceline \(schema 99, this one has 2\): use") as fault:
+    with pytest.raises(StoreUnusable, match=r"another version of paceline \(schema 99, this one has 3\): use") as fault:
         Store(url)
     assert len(str(fault.value).splitlines()) == 1
 
@@ -148,7 +148,7 @@ def test_a_file_of_a_version_that_had_no_revisions_is_left_alone(path) -> None:
     with sqlite3.connect(path) as connection:
         connection.execute("PRAGMA user_version = 99")
     connection.close()
-    with pytest.raises(StoreUnusable, match="another version of paceline \\(schema 99, this one has 2\\)"):
+    with pytest.raises(StoreUnusable, match="another version of paceline \\(schema 99, this one has 3\\)"):
         Store(sqlite_at(path))
 
 
