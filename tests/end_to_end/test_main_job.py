@@ -53,6 +53,7 @@ optimizer: adam
 training: {epochs: EPOCHS, batch_size: 32, seed: 1}
 sync: SYNC
 workers: 2
+limits: {retries: 0}  # tests/end_to_end/test_restart.py has the job that is restarted
 """
 
 
