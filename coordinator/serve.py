@@ -32,6 +32,7 @@ from coordinator.audit import AuditLog
 from coordinator.callers import Callers
 from coordinator.certificates import Certificates, CertificateUnusable, TlsFiles
 from coordinator.changes import Changes
+from coordinator.clock import steady_clock
 from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
 from coordinator.exposure import exposure_fault, exposure_warning, no_token_yet
@@ -205,7 +206,7 @@ class Coordinator:
             changes=self._changes,
             state=settings.state,
             capacity=Capacity(settings.slots, settings.start_deadline_seconds, settings.quotas),
-            clock=_now,
+            clock=steady_clock(_now),
             grace_seconds=settings.grace_seconds,
         )
         service = CoordinatorService(
