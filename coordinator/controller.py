@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 from datetime import datetime
 from pathlib import Path
 
-from coordinator import auth, jobs, recovery
+from coordinator import auth, jobs, measured, recovery
 from coordinator.changes import Changes
 from coordinator.database import StoreUnavailable
 from coordinator.folders import SummaryUnreadable, job_folder
@@ -148,6 +148,8 @@ class Controller:
             for rank in ranks:
                 if not 0 <= rank.rank < job.slots:
                     raise Refused("NoSuchRank", f"job {job_id} has no rank {rank.rank}: it has {job.slots}, from 0")
+            if fault := measured.fault_of(reports, ranks):
+                raise Refused("InvalidRequest", fault)
             new = self._store.add_reports(job_id, attempt, reports)
             self._metrics.reported(job_id, new, ranks)
             if job.state is JobState.STARTING:
