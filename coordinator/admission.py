@@ -1,6 +1,7 @@
 """What a job must fulfil to be taken: the rules of the job file, and what this coordinator has and allows.
 
-Rules: every fault is found at once, and each names its place in the job file. A path is judged by where it leads once
+Rules: every fault is found at once, and each names its place in the job file; but of a job that is larger than a job
+file can be that alone is said, at little cost. A path is judged by where it leads once
 every link is followed; the same answer is given for a file that is not there.
 """
 
@@ -12,9 +13,12 @@ from pathlib import Path
 from google.protobuf.message import Message
 
 from protos import job_pb2
+from protos.job_text import MAX_DEPTH, MAX_VALUES
 from protos.labels import is_map
 from protos.rules import Violation, check, rule_of
 from protos.urls import STORE_SCHEMES, is_in_store, is_under, is_url, shown
+
+BYTES_AT_MOST = 256 * 1024  # twice what MAX_VALUES short values take
 
 
 class NotAllowed(Violation):
@@ -24,6 +28,36 @@ class NotAllowed(Violation):
 def violations_of(spec: job_pb2.JobSpec, data_roots: Sequence[Path | str], slots: int) -> list[Violation]:
     """Every reason not to take the job; `data_roots` are resolved paths and URLs; none means every place is allowed."""
     return [*check(spec), *_path_violations(spec, "", data_roots), *_slot_violations(spec, slots)]
+
+
+def too_large(spec: job_pb2.JobSpec) -> list[Violation]:
+    """Why the job is more than a job file can hold, which is what its workers read it from; empty where it is not."""
+    if (size := spec.ByteSize()) > BYTES_AT_MOST:
+        return [Violation("job file", f"takes {size} bytes, which is not at most {BYTES_AT_MOST}")]
+    for count, depth in enumerate(_depths(spec, 1), start=1):
+        if depth > MAX_DEPTH:
+            return [Violation("job file", f"is nested more than {MAX_DEPTH} deep")]
+        if count > MAX_VALUES:
+            return [Violation("job file", f"holds more than {MAX_VALUES} values")]
+    return []
+
+
+def _depths(message: Message, depth: int) -> Iterator[int]:
+    """How deep each value lies in the job's file: mappings, their keys, lists and scalars."""
+    yield depth
+    for field, value in message.ListFields():
+        yield depth + 1
+        if is_map(field):
+            yield from [depth + 1] + [depth + 2] * (2 * len(value))
+            continue
+        if field.is_repeated:
+            yield depth + 1
+        inner = depth + 2 if field.is_repeated else depth + 1
+        for part in value if field.is_repeated else [value]:
+            if field.message_type is not None:
+                yield from _depths(part, inner)
+            else:
+                yield inner
 
 
 def _slot_violations(spec: job_pb2.JobSpec, slots: int) -> Iterator[Violation]:

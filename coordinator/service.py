@@ -16,7 +16,7 @@ import grpc
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from coordinator import artifacts, auth, logs
-from coordinator.admission import NotAllowed, violations_of
+from coordinator.admission import NotAllowed, too_large, violations_of
 from coordinator.answers import STREAMS_AT_MOST, answer, answer_stream
 from coordinator.callers import LOCAL, Caller
 from coordinator.changes import Changes
@@ -35,8 +35,9 @@ from protos.rules import resolve
 
 PAGE_SIZE = 100
 PAGE_SIZE_AT_MOST = 1000
-REPORTS_AT_ONCE = 1000  # read from the store in one go
-REPORTS_AT_MOST = 10_000  # in one GetMetrics answer: about a megabyte or two, and gRPC takes four
+REPORTS_AT_ONCE = 100  # read from the store in one go
+REPORTS_AT_MOST = 10_000  # in one GetMetrics answer
+ANSWER_BYTES_AT_MOST = 2 * 1024 * 1024  # of a list or of reports; gRPC clients take four
 REQUEST_ID_AT_MOST = 128
 RECHECK_SECONDS = 30.0  # how long a watcher sleeps at most; the bell wakes it long before
 LOG_PAUSE_SECONDS = 0.2  # between two looks at growing log files
@@ -80,10 +81,12 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
             raise Refused("InvalidRequest", f"request_id is longer than {REQUEST_ID_AT_MOST} characters")
         if "\0" in request.request_id:
             raise Refused("InvalidRequest", "request_id holds a NUL character")
-        if faults := violations_of(request.spec, self._data_roots, self._slots):
+        if faults := too_large(request.spec) or violations_of(request.spec, self._data_roots, self._slots):
             reason = "DataNotAllowed" if all(isinstance(fault, NotAllowed) for fault in faults) else "InvalidJob"
             raise Refused(reason, "\n".join(f"{path}: {message}" for path, message in faults), faults)
         spec = resolve(request.spec)
+        if faults := too_large(spec):  # with its defaults written out
+            raise Refused("InvalidJob", str(faults[0]), faults)
         check_job(spec, self._quotas)
         if request.validate_only:
             return pb.SubmitJobResponse(job=job_pb2.Job(spec=spec))
@@ -112,10 +115,17 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
         size = min(request.page_size or PAGE_SIZE, PAGE_SIZE_AT_MOST)
         page = self._store.page(size, before, condition)
         newest = self._store.newest_reports(job.id for job in page.jobs)
-        listed = [to_proto(job, newest.get(job.id)) for job in page.jobs]
-        for job in listed:
-            job.ClearField("history")
-        return pb.ListJobsResponse(jobs=listed, next_page_token=page_token(page.next_before, request.filter))
+        listed: list[job_pb2.Job] = []
+        size_bytes = 0
+        for job in page.jobs:
+            brief = _brief(to_proto(job, newest.get(job.id)))
+            size_bytes += brief.ByteSize()
+            if listed and size_bytes > ANSWER_BYTES_AT_MOST:
+                break
+            listed.append(brief)
+        whole = len(listed) == len(page.jobs)
+        before = page.next_before if whole else page.numbers[len(listed) - 1]
+        return pb.ListJobsResponse(jobs=listed, next_page_token=page_token(before, request.filter))
 
     @answer
     def CancelJob(self, request: pb.CancelJobRequest, context: grpc.ServicerContext) -> pb.CancelJobResponse:
@@ -177,10 +187,18 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     @answer
     def GetMetrics(self, request: pb.GetMetricsRequest, context: grpc.ServicerContext) -> pb.GetMetricsResponse:
         job = self._job(request.job_id)
-        found = self._store.reports(job.id, request.after_step, limit=REPORTS_AT_MOST + 1)
-        reports = [report for _, report in found]
-        if len(reports) > REPORTS_AT_MOST:  # whole steps only: the next call asks for steps after the last one given
-            reports = [report for report in reports if report.step < reports[-1].step]
+        reports: list[job_pb2.Report] = []
+        size_bytes = after_number = 0
+        while found := self._store.reports(job.id, request.after_step, after_number, REPORTS_AT_ONCE):
+            after_number = found[-1].number
+            for _, report in found:
+                size_bytes += report.ByteSize()
+                if len(reports) >= REPORTS_AT_MOST or size_bytes > ANSWER_BYTES_AT_MOST:
+                    # Whole steps only: the next call asks for steps after the last one given.
+                    whole = [earlier for earlier in reports if earlier.step < report.step]
+                    if whole:
+                        return pb.GetMetricsResponse(reports=whole)
+                reports.append(report)
         return pb.GetMetricsResponse(reports=reports)
 
     @answer_stream
@@ -257,6 +275,16 @@ def to_proto(job: Job, progress: job_pb2.Report | None) -> job_pb2.Job:
         summary=job.summary,
         owner=job.owner,
     )
+
+
+def _brief(job: job_pb2.Job) -> job_pb2.Job:
+    """A job as lists show it: without what may be long."""
+    job.ClearField("history")
+    if job.HasField("progress"):
+        job.progress.ClearField("validation_metrics")
+    if job.HasField("summary"):
+        job.summary.ClearField("validation_metrics")
+    return job
 
 
 def _timestamp(time: datetime) -> Timestamp:

@@ -28,6 +28,7 @@ class NumberedReport(NamedTuple):
 
 class JobPage(NamedTuple):
     jobs: list[Job]  # newest first
+    numbers: list[int]  # of these jobs: what to give as `before` for what lies behind each
     next_before: int | None  # what to give as `before` for the page after; None on the last page
 
 
@@ -153,7 +154,7 @@ class Store:
             numbers = list(connection.execute(query).scalars())
         shown = numbers[:size]
         found = self._read(sa.select(jobs).where(jobs.c.number.in_(shown)).order_by(jobs.c.number.desc()))
-        return JobPage(found, shown[-1] if len(numbers) > size else None)
+        return JobPage(found, shown, shown[-1] if len(numbers) > size else None)
 
     def count_by_state(self) -> dict[JobState, int]:
         """How many jobs are in each state, zeros included."""

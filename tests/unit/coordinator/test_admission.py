@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 from google.protobuf.descriptor import Descriptor
 
-from coordinator.admission import NotAllowed, violations_of
+from coordinator.admission import NotAllowed, too_large, violations_of
 from protos import job_pb2
-from protos.job_file import parse_job
+from protos.job_file import JobFileInvalid, parse_job, to_yaml
 from protos.rules import rule_of
 
 
@@ -160,3 +160,31 @@ SOURCE_PATHS = (
     *("idx.images", "idx.labels", "npz.path", "npy.features", "npy.targets"),
     *("csv.path", "parquet.path", "text.path"),
 )
+
+
+@pytest.mark.parametrize("levels", range(1, 15))
+def test_a_job_is_nested_too_deeply_where_its_workers_could_not_read_its_file(levels: int) -> None:
+    spec = job("/data.csv")
+    layers = spec.model
+    for _ in range(levels):
+        layers = layers.add().residual.layers
+    layers.add().leaky_relu.alpha = 0.5
+    faults = too_large(spec)
+    assert bool(faults) == (levels > 9)
+    if faults:
+        assert str(faults[0]) == "job file: is nested more than 32 deep"
+        with pytest.raises(JobFileInvalid, match="is nested more than 32 deep"):
+            parse_job(to_yaml(spec))
+    else:
+        parse_job(to_yaml(spec))
+
+
+@pytest.mark.parametrize("count", [3000, 9000])
+def test_a_job_holds_too_many_values_where_its_workers_could_not_read_its_file(count: int) -> None:
+    spec = job("/data.csv")
+    for _ in range(count):
+        spec.model.add().leaky_relu.alpha = 0.5
+    assert bool(too_large(spec)) == (count == 9000)
+    if count == 9000:
+        with pytest.raises(JobFileInvalid, match="holds more than 20000 values"):
+            parse_job(to_yaml(spec))
