@@ -1,8 +1,9 @@
 """How the service answers: a refusal becomes a google.rpc.Status, our own mistakes are logged, streams are counted.
 
 Rules: every error carries an ErrorInfo whose reason is the refusal's word; the faults of a job file ride along as
-BadRequest field violations, a limit that was reached as QuotaFailure. The sync server gives each stream a thread, so
-their number is limited and short calls always find one.
+BadRequest field violations, a limit that was reached as QuotaFailure. An error travels in HTTP/2 headers, of which gRPC
+clients take 8 KB: what is longer is cut, and of many faults the first are told and the number of the others. The sync
+server gives each stream a thread, so their number is limited and short calls always find one.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TypeVar
 
 import grpc
@@ -20,6 +21,7 @@ from grpc_status import rpc_status
 
 from coordinator.database import StoreUnavailable
 from coordinator.refusals import Refused
+from protos.rules import Violation
 
 DOMAIN = "paceline"
 STREAMS_AT_MOST = 64
@@ -47,6 +49,11 @@ STATUS_CODES: dict[str, grpc.StatusCode] = {
     "TokenRefused": grpc.StatusCode.PERMISSION_DENIED,
     "TooManyStreams": grpc.StatusCode.RESOURCE_EXHAUSTED,
 }
+
+MESSAGE_AT_MOST = 1200  # characters
+FAULTS_AT_MOST = 1500  # characters of all faults together; they travel twice
+FAULT_AT_MOST = 400
+NOT_ASCII_COSTS = 6  # times as much: percent-encoded
 
 log = logging.getLogger("paceline.service")
 Request = TypeVar("Request")
@@ -103,15 +110,20 @@ def refuse(context: grpc.ServicerContext, fault: Exception) -> None:
     if isinstance(fault, StoreUnavailable):
         fault = Refused("StoreUnavailable", f"{fault}; ask again when it is back")
     if isinstance(fault, Refused):
-        code, reason, message = STATUS_CODES[fault.reason], fault.reason, fault.message
+        code, reason = STATUS_CODES[fault.reason], fault.reason
+        violations = told(fault.violations)
+        message = "\n".join(f"{path}: {text}" if path else text for path, text in violations) or fault.message
     else:
         log.error("a call failed", exc_info=fault)
         code, reason = grpc.StatusCode.INTERNAL, "Internal"
+        violations = []
         message = f"the coordinator failed: {type(fault).__name__}: {fault}; its log has more"
+    if not violations:
+        message = shortened(message, MESSAGE_AT_MOST)
     details: list[Any] = [error_details_pb2.ErrorInfo(reason=reason, domain=DOMAIN)]
-    if isinstance(fault, Refused) and fault.violations:
+    if violations:
         faults = [
-            error_details_pb2.BadRequest.FieldViolation(field=path, description=text) for path, text in fault.violations
+            error_details_pb2.BadRequest.FieldViolation(field=path, description=text) for path, text in violations
         ]
         details.append(error_details_pb2.BadRequest(field_violations=faults))
     if isinstance(fault, Refused) and fault.quota:
@@ -123,3 +135,22 @@ def refuse(context: grpc.ServicerContext, fault: Exception) -> None:
         packed.Pack(detail)
         status.details.append(packed)
     context.abort_with_status(rpc_status.to_status(status))
+
+
+def told(violations: Sequence[Violation]) -> list[Violation]:
+    """The faults that an answer has room for, and after them, without a place, how many more there are."""
+    room = FAULTS_AT_MOST
+    kept: list[Violation] = []
+    for path, text in violations:
+        fault = Violation(shortened(path, FAULT_AT_MOST), shortened(text, FAULT_AT_MOST))
+        room -= sum(len(part) * (1 if part.isascii() else NOT_ASCII_COSTS) for part in fault)
+        if room < 0 and kept:
+            return [*kept, Violation("", f"and {len(violations) - len(kept)} more")]
+        kept.append(fault)
+    return kept
+
+
+def shortened(text: str, most: int) -> str:
+    """The beginning and the end, where a remedy stands, of a text that is longer."""
+    most = most if text.isascii() else most // NOT_ASCII_COSTS
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-(most // 2 - 5) :]}"

@@ -1,7 +1,8 @@
 """Stands before every call: asks who calls, holds the call against permissions.RULES, and writes the audit log.
 
 Rules: health is open to all; reflection to whoever is known; any other call that has no row is refused. A stream ends
-when its caller's token does. Nothing is looked up for a caller nobody knows.
+when its caller's token does. Nothing is looked up for a caller nobody knows. Bytes that are no such request are refused
+here, once it is known who sent them: gRPC itself would log a traceback and call it a fault of the coordinator.
 """
 
 from __future__ import annotations
@@ -9,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import grpc
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health
 from grpc_reflection.v1alpha import reflection
 
@@ -41,21 +43,27 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # the stubs alon
         if handler is None or service in OPEN:
             return handler
         rule = self._rule(service, call)
+        read = _read_by(handler)
         if handler.response_streaming:
-            guard = self._guard_stream(call, rule, handler.stream_stream or handler.unary_stream)
+            guard = self._guard_stream(call, rule, read, handler.stream_stream or handler.unary_stream)
             kind = grpc.stream_stream_rpc_method_handler if handler.request_streaming else _unary_stream
         else:
-            guard = self._guard_answer(call, rule, handler.stream_unary or handler.unary_unary)
+            guard = self._guard_answer(call, rule, read, handler.stream_unary or handler.unary_unary)
             kind = grpc.stream_unary_rpc_method_handler if handler.request_streaming else _unary_unary
-        return kind(guard, handler.request_deserializer, handler.response_serializer)
+        return kind(
+            guard, handler.request_deserializer if handler.request_streaming else None, handler.response_serializer
+        )
 
     def _rule(self, service: str, call: str) -> Rule:
         if service == reflection.SERVICE_NAME:
             return FOR_THE_KNOWN
         return RULES.get(call, REFUSED_TO_ALL) if service == self._service else REFUSED_TO_ALL
 
-    def _guard_answer(self, call: str, rule: Rule, method: Callable[[Any, Any], Any]) -> Callable[[Any, Any], Any]:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Any:
+    def _guard_answer(
+        self, call: str, rule: Rule, read: Callable[[Any], Any], method: Callable[[Any, Any], Any]
+    ) -> Callable[[Any, Any], Any]:
+        def guarded(sent: Any, context: grpc.ServicerContext) -> Any:
+            request = read(sent)
             caller = self._admit(call, rule, request, context)
             try:
                 response = method(request, context)
@@ -69,9 +77,10 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # the stubs alon
         return guarded
 
     def _guard_stream(
-        self, call: str, rule: Rule, method: Callable[[Any, Any], Iterator[Any]]
+        self, call: str, rule: Rule, read: Callable[[Any], Any], method: Callable[[Any, Any], Iterator[Any]]
     ) -> Callable[[Any, Any], Iterator[Any]]:
-        def guarded(request: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+        def guarded(sent: Any, context: grpc.ServicerContext) -> Iterator[Any]:
+            request = read(sent)
             caller = self._admit(call, rule, request, context)
             ended = noted = False
             looked_at = time.monotonic()
@@ -96,11 +105,13 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # the stubs alon
         caller = None
         try:
             if rule.by_worker:
+                _check_readable(call, request)
                 return None
             caller = self._callers.of(context.invocation_metadata())
             reach = rule.reach.get(caller.role)
             if reach is None:
                 raise not_allowed(call, caller)
+            _check_readable(call, request)
             if reach is Reach.OWN and hasattr(request, "job_id") and self._owner_of(request.job_id) != caller.name:
                 raise no_such_job(request.job_id)
         except Exception as fault:
@@ -124,6 +135,32 @@ class Guard(grpc.ServerInterceptor):  # type: ignore[type-arg]  # the stubs alon
     ) -> None:
         name, role = (caller.name or None, caller.role.value) if caller else (None, None)
         self._audit.write(Deed(call, name, role, job, context.peer(), outcome, reason, known=caller is not None))
+
+
+class _Unreadable(NamedTuple):
+    """What came in place of a request."""
+
+    size_bytes: int
+
+
+def _read_by(handler: Any) -> Callable[[Any], Any]:
+    """From what a caller sent to the request, or _Unreadable; a stream of requests is left to gRPC."""
+
+    def read(sent: bytes) -> Any:
+        try:
+            return handler.request_deserializer(sent)
+        except DecodeError:  # no message, too deeply nested, or a text that is not UTF-8
+            return _Unreadable(len(sent))
+
+    return (lambda requests: requests) if handler.request_streaming else read
+
+
+def _check_readable(call: str, request: Any) -> None:
+    if isinstance(request, _Unreadable):
+        text = (
+            f"the {request.size_bytes} bytes are no request of {call}: damaged, nested too deeply, or text not in UTF-8"
+        )
+        raise Refused("InvalidRequest", text)
 
 
 def not_allowed(call: str, caller: Caller) -> Refused:

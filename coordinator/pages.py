@@ -11,6 +11,8 @@ import binascii
 import hashlib
 import re
 
+from protos.wording import quoted
+
 
 def page_token(before: int | None, filter_text: str) -> str:
     """Empty on the last page."""
@@ -29,7 +31,7 @@ def read_page_token(token: str, filter_text: str) -> int | None:
         text = ""
     match = re.fullmatch(r"([0-9]{1,18})\.([0-9a-f]{12})", text, re.ASCII)
     if match is None:
-        raise ValueError(f"{token!r} is not one a response gave")
+        raise ValueError(f"{quoted(token)} is not one a response gave")
     if match[2] != _digest(filter_text):
         raise ValueError("it was given for another filter: repeat that one, or begin without a token")
     return int(match[1])

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protos.rules import Violation
+from protos.wording import quoted
 
 
 class Refused(Exception):
@@ -22,4 +23,4 @@ class Refused(Exception):
 
 
 def no_such_job(job_id: str) -> Refused:
-    return Refused("JobNotFound", f"there is no job {job_id!r} here; `paceline list` shows those there are")
+    return Refused("JobNotFound", f"there is no job {quoted(job_id)} here; `paceline list` shows those there are")

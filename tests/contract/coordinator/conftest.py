@@ -84,9 +84,9 @@ def make_spec() -> Callable[..., job_pb2.JobSpec]:
     return spec_of
 
 
-@pytest.fixture
-def fake_mpirun(tmp_path: Path) -> str:
-    script = tmp_path / "mpirun"
+@pytest.fixture(scope="session")
+def fake_mpirun(tmp_path_factory: pytest.TempPathFactory) -> str:
+    script = tmp_path_factory.mktemp("fake") / "mpirun"
     program = Path(__file__).parent / "fake_mpirun.py"
     script.write_text(f'#!/bin/sh\nexec "{sys.executable}" "{program}" "$@"\n')
     script.chmod(0o755)
