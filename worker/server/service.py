@@ -22,10 +22,11 @@ from google.protobuf.message import DecodeError
 from protos import parameter_server_pb2 as pb
 from worker.server.broadcast import Broadcaster
 from worker.server.published import ShardWire, check_format
-from worker.server.pushes import NO_GUESTS, Answer, Apart, Conflict, Push, Refused
+from worker.server.push_reader import read_push
+from worker.server.pushes import NO_GUESTS, Answer, Apart, Conflict, Refused
 from worker.server.shard import Shard
 from worker.server.snapshots import Snapshots
-from worker.wire import Float32, as_array, chunk_bounds, decode, encode
+from worker.wire import Float32, chunk_bounds, decode, encode
 
 SERVICE = pb.DESCRIPTOR.services_by_name["ParameterServerService"].full_name
 GRADIENT = pb.ExchangeRequest.GRADIENT_FIELD_NUMBER
@@ -258,22 +259,11 @@ class ParameterServer:
         return head.worker
 
     def _take(self, head: pb.ExchangeRequest, payload: memoryview, worker: int) -> None:
-        if head.worker != worker:
-            raise Refused(f"worker {head.worker} pushed on the stream of worker {worker}")
-        if head.step == 0 and not payload:
+        if head.worker == worker and head.step == 0 and not payload:
             self._shard.hear(worker, _now())
             self._streams[worker].put_nowait(NOTHING)
             return
-        if self._wire:
-            gradient = self._wire.gradient(head, payload)
-        elif len(payload) % 4:
-            raise Refused(f"worker {worker}, step {head.step}, offset {head.offset}: {len(payload)} bytes of float32")
-        else:
-            gradient = as_array(payload)
-        push = Push(
-            head.worker, head.generation, head.step, head.offset, head.samples, head.learning_rate, gradient,
-            tuple(head.totals), head.share_samples, tuple(head.guests),
-        )  # fmt: skip
+        push = read_push(head, payload, worker, self._wire)
         self._send(self._shard.receive(push, _now()))
 
     def _send(self, answers: list[Answer]) -> None:
