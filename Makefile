@@ -6,11 +6,12 @@ BIN := $(VENV)/bin
 # PyTorch, JAX and scikit-learn, to measure and to compare with: an environment of its own, so that nobody needs it who does neither.
 PEERS := .venv-peers
 SOURCES := pyproject.toml $(wildcard protos/*.proto) protos/build.py
+FUZZ_SECONDS ?= 10
 PIP_INSTALL := install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-oracle check bench bench-quality bench-network clean
+.PHONY: help demo test test-oracle check fuzz bench bench-quality bench-network clean
 
 help:  ## list the verbs
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -30,6 +31,9 @@ check: $(VENV)/check-tools  ## format, lint, types, import contracts
 	@$(BIN)/mypy
 	@$(BIN)/lint-imports
 	@$(BIN)/buf lint
+
+fuzz: $(VENV)/fuzz-tools  ## readers of what others wrote, with made-up bytes; FUZZ_SECONDS=600 for longer, FUZZ_OPTIONS=idx for one
+	@$(BIN)/python -m tests.fuzz --seconds $(FUZZ_SECONDS) $(FUZZ_OPTIONS)
 
 bench: $(VENV)/installed $(PEERS)/installed  ## tables against PyTorch, JAX, scikit-learn, MPI, gRPC; BENCH_OPTIONS="--only cnn" or --quick
 	@$(BIN)/python -m tests.benchmarks --peers $(PEERS) $(BENCH_OPTIONS)
@@ -54,6 +58,10 @@ $(VENV)/installed: $(SOURCES) | $(VENV)/bin/pip
 # pip before 25.1 has no --group: the groups are read from pyproject.toml by the few lines of group.py.
 $(VENV)/test-tools: $(VENV)/installed
 	@$(BIN)/python tests/packaging/group.py test | xargs $(BIN)/pip $(PIP_INSTALL)
+	@touch $@
+
+$(VENV)/fuzz-tools: $(VENV)/test-tools
+	@$(BIN)/python tests/packaging/group.py fuzz | xargs $(BIN)/pip $(PIP_INSTALL) --only-binary atheris
 	@touch $@
 
 $(VENV)/check-tools: $(VENV)/test-tools

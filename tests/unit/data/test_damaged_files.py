@@ -1,37 +1,16 @@
 """Whatever happens to the bytes of a data file, reading it ends in an array or in one DataFault."""
 
 import contextlib
-import gzip
-import io
 import warnings
 from pathlib import Path
 
-import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from tests.unit.data.whole_files import WHOLE
 from worker.data.sources import open_features
 from worker.errors import DataFault
-
-VALUES = np.arange(20, dtype=np.float32).reshape(4, 5)
-
-
-def saved(save, *args: object, **arrays: object) -> bytes:  # type: ignore[no-untyped-def]
-    buffer = io.BytesIO()
-    save(buffer, *args, **arrays)
-    return buffer.getvalue()
-
-
-IDX = b"\0\0\x0d\x02\0\0\0\4\0\0\0\5" + VALUES.astype(">f4").tobytes()
-WHOLE = {
-    "a.npy": saved(np.save, VALUES),
-    "a.npz": saved(np.savez, x=VALUES),
-    "b.npz": saved(np.savez_compressed, x=VALUES),
-    "a.idx": IDX,
-    "a.gz": gzip.compress(IDX),
-    "a.csv": b"a,b\n1,2\n3.5,4e3\n",
-}
 
 
 @pytest.mark.parametrize("name", WHOLE)
