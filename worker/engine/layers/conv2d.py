@@ -3,7 +3,7 @@
 Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
 worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
 cache; every buffer is made in `reserve`. A pooling behind may take each slice at once (tiles.py). Where winograd.py
-does the same with fewer products it is asked instead.
+does the same with fewer products it is asked instead, and so is patches.py where a pooling lets it unfold less.
 """
 
 import math
@@ -14,8 +14,9 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.layers import winograd
+from worker.engine.layers import patches, winograd
 from worker.engine.layers.layer import Takes, Traits
+from worker.engine.layers.patches import SHORT_RUN, Patches
 from worker.engine.layers.tiles import TakesTiles, Tile
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
@@ -23,8 +24,6 @@ from worker.errors import ModelFault
 
 # What one slice unfolds to: an L2 of today. Smaller slices pay for more calls, a whole batch is a third slower.
 SLICE_BYTES: Final = 1024 * 1024
-# Windows of fewer values a row than this are unfolded value by value: runs along the image are longer than theirs.
-SHORT_RUN: Final = 16
 
 
 class Block(NamedTuple):
@@ -58,6 +57,7 @@ class Conv2d:
         self.input_shape = input_shape
         self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
         self.is_winograd = winograd.pays(self.windows, self.filters)
+        self.is_patched = False
         self.tile: Tile | None = None
         self.pooling: TakesTiles | None = None  # is given each slice's maps, and gives their gradient
         area = down.window * across.window
@@ -82,6 +82,7 @@ class Conv2d:
             gives = 4 * rows * columns * self.seen_values <= SLICE_BYTES
         if gives:
             self.tile, self.pooling = tile, pooling
+            self.is_patched = not self.is_winograd and patches.pays(self.windows, tile)
         return gives
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
@@ -95,6 +96,13 @@ class Conv2d:
         maps = self.tile.shape(self.output_shape) if self.tile else self.output_shape
         self.dx = np.empty((batch_size, *self.input_shape), dtype)
         self.handed_on = np.empty((batch_size, 0), dtype)
+        if self.is_patched:
+            assert self.tile is not None
+            assert self.pooling is not None
+            self.patches = Patches(
+                self.windows, self.tile, self.filters, bool(self.bias), batch_size, dtype, self.pooling
+            )
+            return
         if self.is_winograd:
             self.y = np.empty((0 if self.pooling else batch_size, *self.output_shape), dtype)
             self._reserve_winograd(batch_size, dtype)
@@ -122,15 +130,16 @@ class Conv2d:
     def _reserve_winograd(self, batch_size: int, dtype: npt.DTypeLike) -> None:
         """What winograd.py needs."""
         before = (self.windows.down.before, self.windows.across.before)
-        self.winograd = winograd.Winograd(
-            self.input_shape, self.output_shape, before, batch_size, dtype, self.pooling
-        )
+        self.winograd = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype, self.pooling)
         self.factors = np.empty((16, self.windows.channels, self.filters), dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
         """x (n, height, width, channels) -> (n, rows, columns, filters), or what is handed on where that is pooled."""
         self.x = x
         y = self.handed_on[: len(x)] if self.pooling else self.y[: len(x)]
+        if self.is_patched:
+            self.patches.convolve(x, self.weight, self.bias)
+            return y
         if self.is_winograd:
             self.winograd.convolve(x, winograd.factors(self.weight, self.factors), self.bias, y)
             return y
@@ -152,6 +161,9 @@ class Conv2d:
         dy_pqf/dW_ijcf is the value that stands at place i, j, c of window p, q: U^T dY. U is unfolded again, which
         costs less than keeping it: the whole batch's would not stay in the cache.
         """
+        if self.is_patched:
+            self.patches.parameter_gradients(len(dy), self.d_weight, self.d_bias)
+            return
         if self.is_winograd:  # with the input's gradient, which is made of the same parts
             self.winograd.gradients(self.x, self.factors, dy, self.d_weight, self.d_bias, self.dx[: len(dy)])
             return
@@ -169,7 +181,9 @@ class Conv2d:
         For one place i, j of the kernel that is dY W_ij^T, added to every s-th pixel from i, j on: as many products as
         the kernel has places, each added while it is in cache, in runs as long as a row of the image.
         """
-        if self.is_winograd:
+        if self.is_patched:
+            self.patches.input_gradient(self.dx[: len(dy)])
+        if self.is_patched or self.is_winograd:
             return self.dx[: len(dy)]
         for block in self._blocks(len(dy)):
             images = block.images.stop - block.images.start
@@ -227,7 +241,7 @@ class Conv2d:
         ones = len(self.bias)
         width = self.seen_values + ones
         values = self.unfolded[: seen.size // self.seen_values * width]
-        if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:
+        if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:  # value by value: runs along the image are longer
             by_value = values.reshape(width, -1)
             order = (*range(seen.ndim - 3, seen.ndim), *range(seen.ndim - 3))
             target = by_value[: self.seen_values].reshape([seen.shape[axis] for axis in order])
