@@ -68,7 +68,7 @@ def check_push(
     if not (founding or setup.mode.at_once or push.worker in push.guests):
         raise Refused(f"{where}: its batch was cut for the guests {list(push.guests)}, and it is none of them")
     if not founding and push.offset == setup.start:
-        _check_guest_totals(push, where, total_count)
+        _check_guest_totals(push, where, setup.mode.at_once, total_count)
     _check_agreement(push, where, setup, members, chunk, subtrees, terms)
     if not np.isfinite(push.gradient).all():
         element = push.offset + int(np.argmin(np.isfinite(push.gradient))) % len(chunk.parameters)
@@ -79,11 +79,15 @@ def check_push(
     return chunk
 
 
-def _check_guest_totals(push: Push, where: str, total_count: int | None) -> None:
-    """What founding workers and guests send is summed, so a guest's own totals must not end the job for all."""
-    if total_count is None:
+def _check_guest_totals(push: Push, where: str, at_once: bool, total_count: int | None) -> None:
+    """What founding workers and guests send is summed, so a guest's own totals must not end the job for all.
+
+    In the synchronous mode a guest's first step is at least two behind its join. Elsewhere it may be the first to push
+    this chunk, and totals of another count are summed with none.
+    """
+    if total_count is None and not at_once:
         raise Conflict(f"{where}: no founding worker has pushed here yet; join again")
-    if len(push.totals) != total_count:
+    if total_count is not None and len(push.totals) != total_count:
         raise Refused(f"{where}: {len(push.totals)} totals, but the founding workers send {total_count}")
     for index, total in enumerate(push.totals):
         if not abs(total) <= MOST_OF_A_TOTAL:
