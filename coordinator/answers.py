@@ -24,7 +24,7 @@ from coordinator.refusals import Refused
 from protos.rules import Violation
 
 DOMAIN = "paceline"
-STREAMS_AT_MOST = 64
+STREAMS_AT_MOST = 256
 SHORT_CALLS_AT_MOST = 32  # threads beside those of the streams
 
 STATUS_CODES: dict[str, grpc.StatusCode] = {

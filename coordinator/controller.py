@@ -157,7 +157,7 @@ class Controller:
                     self._metrics.recovered(seconds)
                 self._move(job, jobs.Reported())
             elif new:
-                self._changes.ring()
+                self._changes.ring(job_id)
 
     # --------------------------------------------------------------------------------------------------- life and loop
 
@@ -311,7 +311,7 @@ class Controller:
         if waiting:
             self._store.save_queue(waiting)
             self._jobs.update({job.id: job for job in waiting})
-            self._changes.ring()
+            self._changes.ring(*(job.id for job in waiting))
 
     def _launch(self, job: Job) -> None:
         token = auth.new_token()
@@ -357,5 +357,5 @@ class Controller:
             self._wake.set()
         else:
             self._jobs[moved.id] = moved
-        self._changes.ring()
+        self._changes.ring(job.id)
         return moved

@@ -1,6 +1,6 @@
 """CoordinatorService over gRPC: translates a call, asks the controller, the store or the files, and answers.
 
-Rules: no decision is made here. A watcher reads the store when the bell of `changes` rings and keeps nothing in
+Rules: no decision is made here. A watcher reads the store when its job's bell (changes.py) rings and keeps nothing in
 between, so that a slow one falls back to the newest state and costs no memory. Every stream ends when its caller goes.
 """
 
@@ -141,26 +141,27 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
 
     @answer_stream
     def WatchJob(self, request: pb.WatchJobRequest, context: grpc.ServicerContext) -> Iterator[pb.WatchJobResponse]:
-        listening = self._listen(context)
         sent: Job | None = None
         after_number = 0
-        while listening():
-            seen = self._changes.count
-            job = self._job(request.job_id)  # before the reports: all of an ended job's reports are stored
-            if sent is None or (job != sent and not job.ended):
-                yield pb.WatchJobResponse(job=self._with_progress(job))
-                sent = job
-            while found := self._store.reports(job.id, request.after_step, after_number, REPORTS_AT_ONCE):
-                for _, report in found:
-                    yield pb.WatchJobResponse(report=report)
-                after_number = found[-1].number
-            if job.ended:
-                if job != sent or after_number:
+        with self._changes.watching(request.job_id) as bell:
+            listening = self._listen(context, bell.ring)
+            while listening():
+                seen = bell.count
+                job = self._job(request.job_id)  # before the reports: all of an ended job's reports are stored
+                if sent is None or (job != sent and not job.ended):
                     yield pb.WatchJobResponse(job=self._with_progress(job))
-                return
-            if self._changes.closed:
-                raise Refused("CoordinatorStopping", f"the coordinator is stopping; job {job.id} stays {job.state}")
-            self._changes.wait(seen, RECHECK_SECONDS)
+                    sent = job
+                while found := self._store.reports(job.id, request.after_step, after_number, REPORTS_AT_ONCE):
+                    for _, report in found:
+                        yield pb.WatchJobResponse(report=report)
+                    after_number = found[-1].number
+                if job.ended:
+                    if job != sent or after_number:
+                        yield pb.WatchJobResponse(job=self._with_progress(job))
+                    return
+                if self._changes.closed:
+                    raise Refused("CoordinatorStopping", f"the coordinator is stopping; job {job.id} stays {job.state}")
+                bell.wait(seen, RECHECK_SECONDS)
 
     # ------------------------------------------------------------------------------------------ logs, metrics, output
 
@@ -243,9 +244,9 @@ class CoordinatorService(coordinator_pb2_grpc.CoordinatorServiceServicer):
     def _with_progress(self, job: Job) -> job_pb2.Job:
         return to_proto(job, self._store.newest_reports([job.id]).get(job.id))
 
-    def _listen(self, context: grpc.ServicerContext) -> Callable[[], bool]:
+    def _listen(self, context: grpc.ServicerContext, wake: Callable[[], None] = lambda: None) -> Callable[[], bool]:
         """Whether the caller is still there; a caller that goes away wakes its sleeping stream."""
-        if not context.add_callback(self._changes.ring):
+        if not context.add_callback(wake):
             return lambda: False
         return context.is_active
 
