@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from coordinator.launchers.local import LauncherMissing
-from tests.benchmarks import exchange_alone, memory, parameter_servers, slow_network
+from tests.benchmarks import exchange_alone, load, memory, parameter_servers, slow_network
 from tests.benchmarks.cases import CASES, Case
 from tests.benchmarks.contenders import CONTENDERS, MATRIX_PRODUCTS, ONE_RANK, Contender, Run
 from tests.benchmarks.data_set import write_data
@@ -37,6 +37,7 @@ PARTS: dict[str, Part] = {
     "servers": parameter_servers.run,
     "memory": memory.run,
     "slow-network": slow_network.run,
+    "load": load.run,
 }
 CAPTION = """\
 Training with Adam and softmax cross-entropy in float32, one thread a process, on seeded uint8 images of 28x28 or, the
