@@ -204,7 +204,7 @@ class ParameterServer:
             for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
                 if shard.version != version and not at_once:
                     await context.abort(grpc.StatusCode.ABORTED, f"step {step + 1} began during the pull")
-                head = pb.PullResponse(name=name, offset=start, step=step)
+                head = pb.PullResponse(name=name, offset=start, step=step, awaits_workers=shard.awaits_workers)
                 yield encode(head, DATA, array[start - begin : stop - begin])
         if self._snapshots and request.state:
             self._snapshots.take()

@@ -125,6 +125,7 @@ if own_rank == rank:
             "exchange": [(AllReduceExchange, "step"), (ParameterServerExchange, "step")],  # a job has one of the two
             "evaluate": [(Evaluator, "evaluate")],
             "checkpoint": [(CheckpointWriter, "take")],
+            "pull": [(ParameterServerExchange, "pull")],
         }[phase]
         for owner, name in places:
             setattr(owner, name, faulty(getattr(owner, name)))
