@@ -7,15 +7,20 @@ one of those is late.
 
 from __future__ import annotations
 
-import os
-from time import monotonic
+import threading
+from collections.abc import Callable
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import numpy as np
 
 from worker.beat import FIELDS, Seen, late, read
+from worker.processes import has_ended
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.world import World
+
+DEATH_SECONDS = 0.2  # from the end of a rank's connections until its process counts as ended, on a busy machine
+LOOK_SECONDS = 0.01
 
 
 class Accusation(NamedTuple):
@@ -35,6 +40,7 @@ class Heartbeats:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._telling = threading.Lock()  # the main thread may learn of a death, and the one that hears signals
         needed = world.node_comm.Get_size() * FIELDS * np.dtype(np.float64).itemsize
         readable = shared_memory_shortage(needed) is None
         self._node: Node | None = None
@@ -85,20 +91,36 @@ class Heartbeats:
 
     def dead(self) -> list[Seen]:
         """The ranks of this machine that ended without a word."""
-        return [one for one in self.seen() if not one.left and not os.path.exists(f"/proc/{one.process}")]
+        return [one for one in self.seen() if not one.left and has_ended(one.process)]
 
-    def gone(self) -> list[str]:
-        """A line for each rank of this machine that ended without a word, where this rank is to say it.
+    def tell_gone(self, say: Callable[[str], object], by_any: bool = False) -> None:
+        """A line to `say` for each rank of this machine that ended without a word, where this rank is to say it.
 
-        That is the lowest of those left.
+        That is the lowest of those left; `by_any`: whichever finds nothing said. No line is said twice by one rank, and
+        when this returns the lines are out, whichever thread says them.
         """
-        dead = self.dead()
-        ranks = {one.rank for one in dead}
-        if not dead or self._world.rank != min(one.rank for one in self.seen() if one.rank not in ranks):
-            return []
-        return [
-            f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names" for one in dead
-        ]
+        with self._telling:
+            dead = self.dead()
+            ranks = {one.rank for one in dead}
+            lowest = self._world.rank == min(one.rank for one in self.seen() if one.rank not in ranks)
+            if not dead or self.spoken() or not (lowest or by_any):
+                return
+            for one in dead:
+                say(f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names")
+            self._world.beat.leave(spoken=True)
+
+    def tell_gone_behind_a_fault(self, say: Callable[[str], object]) -> bool:
+        """As `tell_gone`, for a fault that may come of a death; whether there is one.
+
+        A server sees a connection end before the process has. Where the lowest of those left says nothing, this one
+        does.
+        """
+        if not _comes(lambda: bool(self.dead())):
+            return False
+        self.tell_gone(say)
+        if not _comes(self.spoken):
+            self.tell_gone(say, by_any=True)
+        return True
 
     def close(self) -> None:
         """Give the shared memory back. Collective."""
@@ -108,6 +130,14 @@ class Heartbeats:
 
     def _who(self, one: Seen) -> str:
         return f"rank {one.rank} of {self._world.size} on {self._world.host}"
+
+
+def _comes(happens: Callable[[], bool]) -> bool:
+    """Whether it does within DEATH_SECONDS."""
+    deadline = monotonic() + DEATH_SECONDS
+    while not (there := happens()) and monotonic() < deadline:
+        sleep(LOOK_SECONDS)
+    return there
 
 
 def _stuck(who: str, one: Seen, now: float) -> str:
