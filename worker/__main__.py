@@ -283,6 +283,7 @@ def train(arguments: argparse.Namespace) -> int:
 
     def look() -> None:
         world.beat.live()
+        heartbeats.look()
         memory.look()
 
     watchdog = Watchdog(job.limits.stall_seconds, stalled, look, is_alone=world.size == 1)

@@ -193,7 +193,8 @@ def _write_ssh_files(folder: Path) -> None:
         f"IdentityFile {folder / 'key'}\nIdentitiesOnly yes\nUserKnownHostsFile /dev/null\n"
         "StrictHostKeyChecking no\nLogLevel ERROR\nConnectTimeout 5\nBatchMode yes\n"
         # mpirun learns by it that a host is gone; without, it would wait for TCP to give up, a quarter of an hour.
-        "ServerAliveInterval 2\nServerAliveCountMax 2\n"
+        # It ends the ranks then, which are to find it out themselves before.
+        "ServerAliveInterval 3\nServerAliveCountMax 2\n"
     )
 
 
