@@ -22,6 +22,7 @@ from worker.sync.world import World
 
 DEATH_SECONDS = 0.2  # from the end of a rank's connections until its process counts as ended, on a busy machine
 LOOK_SECONDS = 0.01
+PATIENT_TURNS = 4  # that a rank waits which does not know who is late, where another may wait for a server
 
 
 class Accusation(NamedTuple):
@@ -89,7 +90,7 @@ class Heartbeats:
         awaits = self._world.awaits
         awaited = awaits() if awaits else ""
         if not self._elsewhere and not awaited:
-            return Accusation((), int(not lowest) + (awaits is not None))
+            return Accusation((), int(not lowest) + (PATIENT_TURNS if awaits is not None else 0))
         distant = self._late_elsewhere(seen, now, limit_seconds / 2)
         others = [self._heard_of(one, now) for one in distant]
         others = others or [f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items()]
@@ -139,12 +140,12 @@ class Heartbeats:
             self._world.beat.leave(spoken=True)
 
     def tell_gone_behind_a_fault(self, say: Callable[[str], object]) -> bool:
-        """As `tell_gone`, for a fault that may come of a death; whether there is one.
+        """As `tell_gone`, for a fault that may come of another rank's end; whether it does, and all is said.
 
         A server sees a connection end before the process has. Where the lowest of those left says nothing, this one
-        does.
+        does. A rank that ended has perhaps said itself why.
         """
-        if not _comes(lambda: bool(self.dead())):
+        if not _comes(lambda: self.spoken() or bool(self.dead())):
             return False
         self.tell_gone(say)
         if not _comes(self.spoken):
