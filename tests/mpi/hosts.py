@@ -85,7 +85,7 @@ class Hosts:
         assert mpirun is not None
         forwarded = [word for name in environment for word in ("-x", name)]
         return [
-            *_enter(self.hosts[0]),
+            *enter(self.hosts[0]),
             *(mpirun, "--prefix", str(Path(mpirun).parents[1]), "--hostfile", str(host_file)),
             *("--prtemca", "plm_ssh_args", f"-F {self.folder / 'ssh_config'}"),
             *("--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(sum(ranks)), *forwarded),
@@ -177,7 +177,7 @@ def _plug_in(host: Host, switch: str) -> None:
         _run("ip", "-n", host.namespace, *words)
 
 
-def _enter(host: Host) -> list[str]:
+def enter(host: Host) -> list[str]:
     """The words before a command that is to run on a host."""
     return ["ip", "netns", "exec", host.namespace, *_named(host.name)]
 
