@@ -282,7 +282,7 @@ class ParameterServer:
                 continue
             reply = pb.ExchangeResponse(
                 step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness,
-                guests=answer.guests, samples=answer.samples,
+                guests=answer.guests, samples=answer.samples, dropped_guests=answer.dropped_guests,
             )  # fmt: skip
             weights = self._wire.answer(answer, reply) if self._wire else answer.weights
             data = encode(reply, WEIGHTS, weights)

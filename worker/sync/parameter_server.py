@@ -66,8 +66,7 @@ class ParameterServerExchange:
             lossy: the wire format, where it is not float32, and the residual to go on from.
             ranks: those that mpirun started; guests are told.
         """
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self.sent_bytes = self.received_bytes = 0
         self.wait_seconds = 0.0
         self.restarts = 0  # servers that were gone and came back
         self.steps_lost = 0  # by them, together
@@ -78,17 +77,17 @@ class ParameterServerExchange:
         self.workers = workers  # founding ones
         self._worker, self._generation = worker, generation
         self._who = f"worker {worker} of {workers}"
-        self._layout_digest = layout_digest
+        self._layout_digest, self._timeout_seconds = layout_digest, timeout_seconds
         self._parameters, self._totals = parameters, totals
         pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
         self.wire = open_wire(lossy, pushed_gradient, parameters)
-        self._timeout_seconds = timeout_seconds
         self._servers = [Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
         self._share_of = share_of or (lambda samples, guests: samples_of([worker], samples, workers + guests))
         self._ranks = ranks
         self.guests: tuple[int, ...] = ()  # that the next batch is to be cut for, as the shard of element 0 tells
         self.samples = 0  # that the totals of the last step are of, as it tells
+        self.dropped_guests = self._dropped_before = 0  # so far; by that shard's earlier processes
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._awaited: Server | None = None
@@ -326,6 +325,7 @@ class ParameterServerExchange:
                 self.staleness.see(head.staleness)
             if head.offset == 0:
                 self.guests, self.samples = tuple(head.guests), head.samples
+                self.dropped_guests = self._dropped_before + head.dropped_guests
                 if head.totals:
                     self._totals[:] = head.totals
 
@@ -348,6 +348,8 @@ class ParameterServerExchange:
         self._expires = time.monotonic() + self._timeout_seconds
         lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
+        if server.range.start == 0:
+            self._dropped_before = self.dropped_guests
         self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "

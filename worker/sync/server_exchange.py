@@ -89,6 +89,7 @@ class ServerExchange:
         # By rank 0 of the node, who pushes element 0: samples of the step, how many guests the next has, their numbers.
         self._next_guests = node.shared(2 + MOST_GUESTS, np.int64)
         self._seen_guests: set[int] = set()
+        self._samples_missed = 0  # of batches cut for guests that were dropped within the step
         self._slice = slice_bounds(count, node.size)[node.rank]
         self._world = world
         self._servers: list[SupervisedServer] = []
@@ -164,6 +165,8 @@ class ServerExchange:
         }  # fmt: skip
         if self.invitation:
             facts["guests"] = len(self._seen_guests)
+            facts["guests_dropped"] = self._worker.dropped_guests  # rank 0's worker pushes element 0, and writes facts
+            facts["samples_missed"] = self._samples_missed
         if self._at_once:
             stale = self._worker.staleness
             mean = stale.total_steps / stale.pushes if stale.pushes else 0.0
@@ -191,7 +194,11 @@ class ServerExchange:
             self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
         if ends_epoch and (self._at_once or self.lossy):
             self.totals[STOP] = sum(self._world.gather_everywhere(self._asked_to_stop))
-        return samples if self._at_once else int(self._next_guests[0])
+        if self._at_once:
+            return samples
+        counted = int(self._next_guests[0])
+        self._samples_missed += samples - counted if counted else 0  # 0: a server that came back does not know
+        return counted
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the servers, and every node for what it has yet to send."""
@@ -284,7 +291,9 @@ class ServerExchange:
         """Rank 0 reports what its node has counted, in which each server is counted once."""
         if self._world.rank == 0:
             restarts, lost, _ = np.sum(self._counts, axis=0).tolist()
-            self.statistics.servers = ServerCounts(restarts, lost, self._worker.workers + self.guests)
+            self.statistics.servers = ServerCounts(
+                *(restarts, lost, self._worker.workers + self.guests, self._worker.dropped_guests)
+            )
 
     def _sum_up(self) -> None:
         """Add up this rank's slice over the node's gradients, into that of its lowest rank."""
