@@ -121,7 +121,8 @@ def _run_row(folder: Path, fault: Fault) -> Row:
     )  # fmt: skip
     began = time.monotonic()
     program = [PROGRAM, *fault[:2], fault.rank, folder, "train", job, "-o", folder / "out"]
-    with tempfile.TemporaryDirectory(prefix="pl-") as session:  # one mpirun removes what another one needs
+    # Its own, as one mpirun removes what another one needs. Servers may still be at their ends in it.
+    with tempfile.TemporaryDirectory(prefix="pl-", ignore_cleanup_errors=True) as session:
         done = subprocess.run(
             command_line(way.ranks, program),
             capture_output=True,
