@@ -39,8 +39,10 @@ __all__ = [
     "explain",
     "find_mpirun",
     "find_worker",
+    "record_of",
     "render",
     "start",
+    "without_secrets",
 ]
 
 # A rank that waits by spinning would keep the core from the rank it waits for.
@@ -154,6 +156,9 @@ class Running:
         self._exit_code: int | None = None
         self._lock = threading.Lock()
 
+    def observed(self) -> None:
+        """mpirun says nothing on the way; the ranks do."""
+
     def poll(self) -> int | None:
         """The exit code of mpirun, negative for the signal that killed it or its keeper; None while it runs.
 
@@ -220,14 +225,14 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
     log_dir.mkdir(parents=True, exist_ok=True)
     if attempt > 1:
         begin_attempt(log_dir, attempt)
-    record = _record(log_dir, attempt)
+    record = record_of(log_dir, attempt)
     scratch = Scratch()
     command = [sys.executable, "-I", "-S", keeper.__file__, str(record.absolute()), *scratch.folders, *launch.argv]
     try:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:
             child = subprocess.Popen(
                 command,
-                env={**_without_secrets(os.environ), **scratch.environment, **launch.environment},
+                env={**without_secrets(os.environ), **scratch.environment, **launch.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -242,7 +247,7 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
     return Running(Process(child.pid, stat.start_ticks), record, scratch.folders, child)
 
 
-def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in SECRETS}
 
 
@@ -251,7 +256,7 @@ def adopt(log_dir: Path, attempt: int) -> Running | None:
 
     None where there was none, and from then on there will be none under this number.
     """
-    record = _record(log_dir, attempt)
+    record = record_of(log_dir, attempt)
     log_dir.mkdir(parents=True, exist_ok=True)
     if keeper.write_once(str(record), keeper.VOID) or (text := record.read_text()) == keeper.VOID:
         return None
@@ -260,5 +265,5 @@ def adopt(log_dir: Path, attempt: int) -> Running | None:
     return Running(Process(pid, start_ticks), record, scratch)
 
 
-def _record(log_dir: Path, attempt: int) -> Path:
+def record_of(log_dir: Path, attempt: int) -> Path:
     return log_dir / f"attempt-{attempt}"
