@@ -272,7 +272,9 @@ class Controller:
             try:
                 return jobs.Finished(folder.summary())
             except SummaryUnreadable as fault:
-                return jobs.Broke("NoSummary", f"{fault}; `paceline logs {job.id}` shows what its ranks said")
+                no_summary = f"{fault}; `paceline logs {job.id}` shows what its ranks said"
+                if self._launcher.explain(run.running, exit_code, folder.logs).reason != "HostLost":
+                    return jobs.Broke("NoSummary", no_summary)
         if exit_code == ExitCode.INTERRUPTED:
             if job.pausing:
                 return jobs.Paused("paused; its ranks wrote a checkpoint and left")

@@ -18,7 +18,7 @@ from coordinator.addresses import Address
 from coordinator.certificates import Certificates
 from coordinator.folders import JobFolder, write_atomically
 from coordinator.jobs import Job
-from coordinator.launchers import local, slurm
+from coordinator.launchers import local, slurm, ssh
 from coordinator.launchers.options import OptionInvalid, read
 from coordinator.runs import Launcher
 from protos import environment
@@ -145,6 +145,7 @@ def _make_local(_: Options, mpirun: str, worker: str, command: Command) -> Launc
 LAUNCHERS: Mapping[str, Row] = MappingProxyType(
     {
         "local": Row({}, lambda options: options, lambda _: local.available_cores(), _make_local),
+        "ssh": Row(ssh.OPTIONS, ssh.read_options, ssh.check, ssh.make_launcher),
         "slurm": Row(slurm.OPTIONS, slurm.read_options, slurm.check, slurm.make_launcher),
     }
 )

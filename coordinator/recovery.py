@@ -34,6 +34,7 @@ RETRIED: Mapping[str, bool] = MappingProxyType(
         "CancelledElsewhere": False,  # by somebody who had a right to
         "SubmitRefused": False,
         "HostUnreachable": True,
+        "HostLost": True,
         "NotEnoughSlots": False,
         "WorkerMissing": False,
         "RootRefused": False,

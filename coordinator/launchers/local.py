@@ -118,16 +118,22 @@ class Scratch:
     Left to themselves all launches of a user share one session folder, and one that ends can pull it from under one
     that starts ("The PMIx server's listener thread failed to start"); and a rank killed with SIGKILL leaves its shared
     memory behind.
+
+    Args:
+        one_machine: whether all ranks are here; other machines would look in vain for a folder for shared memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, one_machine: bool = True) -> None:
         memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
         # Short names: the sockets inside have at most 108 characters for their whole path.
         session = tempfile.mkdtemp(prefix="paceline-")
+        self.environment = {"TMPDIR": session}
+        if not one_machine:
+            self.folders = (session, session)
+            return
         shared_memory = tempfile.mkdtemp(prefix="paceline-", dir=memory)
         self.folders = (session, shared_memory)
-        self.environment = {
-            "TMPDIR": session,
+        self.environment |= {
             "OMPI_MCA_btl_sm_backing_directory": shared_memory,
             "OMPI_MCA_osc_sm_backing_directory": shared_memory,
         }
@@ -218,7 +224,7 @@ class Running:
             return own_code or -signal.SIGKILL
 
 
-def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
+def start(launch: Launch, log_dir: Path, attempt: int = 1, one_machine: bool = True) -> Running:
     """Run it in a session of its own; what mpirun itself says goes to log_dir/launcher.log. OSError."""
     if not os.access(launch.argv[0], os.X_OK):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), launch.argv[0])
@@ -226,7 +232,7 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
     if attempt > 1:
         begin_attempt(log_dir, attempt)
     record = record_of(log_dir, attempt)
-    scratch = Scratch()
+    scratch = Scratch(one_machine)
     command = [sys.executable, "-I", "-S", keeper.__file__, str(record.absolute()), *scratch.folders, *launch.argv]
     try:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:

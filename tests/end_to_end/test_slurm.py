@@ -31,7 +31,7 @@ data: {{train: {{built_in: digits}}, scale: 0.0625}}
 model: [{{dense: {{units: 10}}}}]
 loss: softmax_cross_entropy
 optimizer: {{sgd: {{learning_rate: {learning_rate}}}}}
-training: {{epochs: {epochs}, batch_size: 32, seed: 1, checkpoint_steps: 100}}
+training: {{epochs: {epochs}, batch_size: 32, seed: 1, checkpoint_steps: 1000}}
 workers: {workers}
 limits: {{retries: 1}}
 """

@@ -54,12 +54,20 @@ class Host:
                     found.append(pid)
         return found
 
+    def enter(self) -> list[str]:
+        """The words before a command that is to run on it."""
+        return _enter(self)
+
     def slow_down(self, megabits_per_second: float) -> None:
         """Let its link carry so much each way (a token bucket, tc-tbf(8), with room for 50 ms)."""
         burst_bytes = max(16_000, int(megabits_per_second * 1e6 / 8 * 0.002))
         shape = ("root", "tbf", "rate", f"{megabits_per_second}mbit", "burst", str(burst_bytes), "latency", "50ms")
         _run("tc", "qdisc", "replace", "dev", self.port, *shape)
         _run("ip", "netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", "eth0", *shape)
+
+    def crash(self) -> None:
+        """End everything on it at once, its sshd too."""
+        _kill_all(self)
 
     def unplug(self) -> None:
         """Cut its link."""

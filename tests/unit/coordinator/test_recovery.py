@@ -37,7 +37,7 @@ def launched(make_job, noon):
 
 def test_every_reason_a_launch_can_end_for_is_in_the_table() -> None:
     source = Path(coordinator.__file__).parent / "launchers" / "causes.py"
-    named = set(re.findall(r'"((?:Rank|Ranks|Launch|Launcher|Worker|Root|Not)[A-Z]\w+)"', source.read_text()))
+    named = set(re.findall(r'"((?:Rank|Ranks|Launch|Launcher|Host|Worker|Root|Not)[A-Z]\w+)"', source.read_text()))
     assert named
     assert named <= RETRIED.keys()
 
