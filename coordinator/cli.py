@@ -100,7 +100,9 @@ def serve(
     slots: Annotated[
         int | None, typer.Option(min=1, help="Workers that may run at once; the launcher's cores.")
     ] = None,
-    launcher: Annotated[str, typer.Option(metavar="NAME", help="How jobs are started: local, ssh or slurm.")] = "local",
+    launcher: Annotated[
+        str, typer.Option(metavar="NAME", help="How jobs are started: local, ssh, slurm, kubernetes.")
+    ] = "local",
     launcher_option: Annotated[
         list[str],
         typer.Option(

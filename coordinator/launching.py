@@ -18,7 +18,7 @@ from coordinator.addresses import Address
 from coordinator.certificates import Certificates
 from coordinator.folders import JobFolder, write_atomically
 from coordinator.jobs import Job
-from coordinator.launchers import local, slurm, ssh
+from coordinator.launchers import kubernetes, local, slurm, ssh
 from coordinator.launchers.options import OptionInvalid, read
 from coordinator.runs import Launcher
 from protos import environment
@@ -51,13 +51,15 @@ class Choice:
         return self.name != "local"
 
 
-def choose(name: str, texts: Sequence[str]) -> tuple[Choice, int]:
+def choose(name: str, texts: Sequence[str], state: Path) -> tuple[Choice, int]:
     """The launcher that was asked for, and how many ranks have room there. OptionInvalid, LauncherMissing."""
     row = LAUNCHERS.get(name)
     if row is None:
         raise OptionInvalid(f"--launcher: {name} is not one of {', '.join(LAUNCHERS)}")
     try:
         options = row.read(read(name, row.options, texts))
+        if (volume := options.get("volume")) and not state.is_relative_to(volume):
+            raise OptionInvalid(f"volume={volume}: --state {state} is not below it, so that no pod would see it")
         return Choice(name, options), row.check(options)
     except OptionInvalid as fault:
         raise OptionInvalid(f"--launcher-option: {fault}") from fault
@@ -147,5 +149,6 @@ LAUNCHERS: Mapping[str, Row] = MappingProxyType(
         "local": Row({}, lambda options: options, lambda _: local.available_cores(), _make_local),
         "ssh": Row(ssh.OPTIONS, ssh.read_options, ssh.check, ssh.make_launcher),
         "slurm": Row(slurm.OPTIONS, slurm.read_options, slurm.check, slurm.make_launcher),
+        "kubernetes": Row(kubernetes.OPTIONS, kubernetes.read_options, kubernetes.check, kubernetes.make_launcher),
     }
 )

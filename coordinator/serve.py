@@ -170,7 +170,7 @@ def read_settings(
             raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
     try:
         mpirun, worker = local.find_mpirun(), local.find_worker()
-        choice, room = choose(launcher, launcher_options)
+        choice, room = choose(launcher, launcher_options, state.absolute())
     except local.LauncherMissing as fault:
         raise CannotServe(str(fault)) from fault
     except OptionInvalid as fault:

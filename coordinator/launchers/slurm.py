@@ -8,6 +8,7 @@ Secrets go by environment, which Slurm keeps to itself, never into the script.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import shutil
@@ -66,6 +67,8 @@ LOOK = ("squeue", "--me", "--noheader", "--states=all", "--format=%A|%T|%N|%r")
 FIND = ("squeue", "--me", "--noheader", "--states=all", "--format=%A")
 RECALL = ("sacct", "--noheader", "--parsable2", "--allocations", "--format=JobIDRaw,State,NodeList")
 
+log = logging.getLogger("paceline.controller")
+
 
 def read_options(options: Mapping[str, str]) -> Mapping[str, str]:
     """The options as given, raising OptionInvalid."""
@@ -81,7 +84,8 @@ def check(options: Mapping[str, str]) -> int:
         raise local.LauncherMissing(f"--launcher slurm: {', '.join(missing)} not on PATH: {INSTALL}")
     words = [f"--{name}={value}" for name, value in options.items()]
     try:
-        said = _run("sinfo", "--noheader", "--format=%C", *(word for word in words if word.startswith("--partition=")))
+        partition = [word for word in words if word.startswith("--partition=")]
+        cores = sum(int(line.rsplit("/", 1)[-1]) for line in _run("sinfo", "-h", "-o%C", *partition).splitlines())
         _run("sbatch", "--test-only", "--ntasks=1", *words, "--wrap=true")
     except NoAnswer as fault:
         raise local.LauncherMissing(
@@ -90,8 +94,8 @@ def check(options: Mapping[str, str]) -> int:
     except SubmitRefused as fault:
         if re.search("invalid|unknown|illegal|unrecognized", str(fault), re.IGNORECASE):
             raise OptionInvalid(f"sbatch refuses {' '.join(words) or 'a job'}: {fault}") from None
-        return 0  # not now: a partition may be closed for a while
-    return sum(int(line.rsplit("/", 1)[-1]) for line in said.splitlines())
+        log.warning("sbatch would refuse a job now: %s", fault)  # a partition may be closed for a while
+    return cores
 
 
 @dataclass(frozen=True)
