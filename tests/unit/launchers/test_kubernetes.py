@@ -16,6 +16,7 @@ from coordinator.launchers import keeper, kubernetes, local
 from coordinator.launchers.foreign import NoAnswer, Phase, Seen, SubmitRefused
 from coordinator.launchers.kubernetes_states import CONDITIONS, TERMINATED, UNPLACED, WAITING, seen_of
 from coordinator.launchers.options import OptionInvalid
+from coordinator.launching import choose
 from coordinator.recovery import RETRIED
 from coordinator.runs import Launcher
 from protos import job_pb2
@@ -326,3 +327,21 @@ def test_without_the_client_the_extra_is_named(monkeypatch: pytest.MonkeyPatch, 
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(local.LauncherMissing, match=r"pip install 'paceline\[kubernetes\]'"):
         kubernetes.check(options)
+
+
+@pytest.mark.parametrize(
+    ("name", "texts", "said"),
+    [
+        ("docker", [], "--launcher: docker is not one of local, ssh, slurm, kubernetes"),
+        ("local", ["x=1"], "--launcher-option: x=1: --launcher local takes none"),
+        (
+            "kubernetes",
+            ["image=x", "claim=states", "volume=/elsewhere"],
+            "--launcher-option: volume=/elsewhere: --state /state/ours is not below it, so that no pod would see it",
+        ),
+    ],
+)
+def test_a_launcher_that_cannot_be_is_refused_before_anything_is_asked(name: str, texts: list[str], said: str) -> None:
+    with pytest.raises(OptionInvalid) as refused:
+        choose(name, texts, Path("/state/ours"))
+    assert str(refused.value) == said
