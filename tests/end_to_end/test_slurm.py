@@ -178,6 +178,21 @@ def test_a_killed_rank_in_slurm_costs_one_retry(talk: Talk) -> None:
     talk.until_ended(job_id)
 
 
+def test_a_paused_job_leaves_slurm_with_a_checkpoint_and_goes_on_from_it(talk: Talk, cluster: dict[str, str]) -> None:
+    job_id = talk.submit(epochs=ENDLESS)
+    talk.until_running(job_id)
+    talk.stub.PauseJob(pb.PauseJobRequest(job_id=job_id), timeout=WAIT_SECONDS)
+    paused = talk.until(job_id, lambda job: job.state == job_pb2.JOB_STATE_PAUSED)
+    assert paused.message == "paused; its ranks wrote a checkpoint and left"
+    assert jobs_of(cluster, job_id, "RUNNING,PENDING") == []
+    talk.stub.ResumeJob(pb.ResumeJobRequest(job_id=job_id), timeout=WAIT_SECONDS)
+    talk.until_running(job_id)
+    talk.cancel(job_id)
+    talk.until_ended(job_id)
+    lines = talk.stub.StreamLogs(pb.StreamLogsRequest(job_id=job_id, rank=0), timeout=WAIT_SECONDS)
+    assert any(line.line.startswith("resuming after step ") for line in lines)
+
+
 def test_a_killed_coordinator_takes_its_slurm_jobs_over(cluster: dict[str, str], tmp_path: Path) -> None:
     with ExitStack() as stack:
         first = stack.enter_context(served(tmp_path, cluster))
