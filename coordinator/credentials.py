@@ -54,7 +54,7 @@ def read_credentials(
     if token_file is not None:
         token = _read("--token-file", token_file).decode("utf-8", "replace")
     token = token.strip()
-    if len(token) > LONGEST_TOKEN or not token.isascii() or any(letter.isspace() for letter in token):
+    if len(token) > LONGEST_TOKEN or not token.isascii() or not token.isprintable() or " " in token:
         where = f"--token-file {token_file}" if token_file is not None else "PACELINE_TOKEN"
         raise CommandFault(f"{where}: holds no token: one line, as `paceline token create` printed it", ExitCode.USAGE)
     return Credentials(

@@ -43,15 +43,23 @@ def read_invitation(place: str, token_file: Path | None) -> Invitation:
     """
     if os.path.isdir(place):
         found = _read(Path(place) / GUESTS, f"{place}: no job that takes guests runs there")
-        return Invitation(found["address"], found["token"])
+        return Invitation(found["address"], _check_token(found["token"], str(Path(place) / GUESTS)))
     host, colon, port = place.rpartition(":")
     if not (host and colon and port.isdigit()):
         raise UsageFault(f"{place}: is neither HOST:PORT nor the output folder of a running job")
     if token_file is not None:
-        return Invitation(place, _read(token_file, f"{token_file}: holds no token")["token"])
+        found = _read(token_file, f"{token_file}: holds no token")
+        return Invitation(place, _check_token(found["token"], str(token_file)))
     if token := os.environ.get(environment.JOB_TOKEN, ""):
-        return Invitation(place, token)
+        return Invitation(place, _check_token(token, environment.JOB_TOKEN))
     raise UsageFault(f"the job's token is missing: name its file with --token-file, or set {environment.JOB_TOKEN}")
+
+
+def _check_token(token: str, where: str) -> str:
+    """One line of printable ASCII, which is what gRPC carries in a header."""
+    if not (token and token.isascii() and token.isprintable()):
+        raise UsageFault(f"{where}: holds no token: one line of ASCII, as {GUESTS} of the output folder has it")
+    return token
 
 
 def _read(path: Path, what: str) -> dict[str, str]:

@@ -193,6 +193,13 @@ def test_a_guest_that_cannot_come_is_told_why_with_the_code_of_the_reason(found,
         (("join", closed.address), TOKEN, 1, "the job takes no guests: give its file"),
         (("follow", closed.address), TOKEN, 1, "the job takes no guests: give its file"),
         (("join", founder.address), "", 2, "the job's token is missing: name its file with --token-file, or set "),
+        (("join", founder.address), "two\nlines", 2, "PACELINE_JOB_TOKEN: holds no token: one line of ASCII, as "),
+        (
+            ("follow", founder.address),
+            "schl\xfcssel",
+            2,
+            "PACELINE_JOB_TOKEN: holds no token: one line of ASCII, as ",
+        ),
         (("join", "here"), TOKEN, 2, "here: is neither HOST:PORT nor the output folder of a running job"),
         (("join", str(empty)), TOKEN, 2, f"{empty}: no job that takes guests runs there (No such file or directory)"),
     ]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests.mpi import jobs
+from tests.mpi.mpirun import error_lines
 from worker.checkpoint import list_checkpoints, read_checkpoint
 
 LAUNCHER_SECONDS = 30.0  # to start and to end a few ranks and servers, on a machine that others use too
@@ -43,7 +44,7 @@ class Row(NamedTuple):
     @property
     def errors(self) -> list[str]:
         """The lines that say why it ended."""
-        return [line for line in self.said.splitlines() if line.startswith("error: ")]
+        return error_lines(self.said)
 
     @property
     def checkpoints(self) -> list[int]:
@@ -71,7 +72,7 @@ def run_row(
         timeout_seconds=more_seconds + LAUNCHER_SECONDS,
     )
     seconds = time.monotonic() - began
-    said = (done.stdout + done.stderr).replace("\0", "")  # mpirun ends some of its messages with a NUL
+    said = done.stdout + done.stderr
     started = [path.read_text() for path in processes.iterdir()]
     assert "Traceback" not in said
     return Row(done.returncode, said, seconds, folder / "out", len(started), [p for p in started if _runs(p)])

@@ -19,3 +19,8 @@ def find_mpirun() -> str | None:
     """The one of this environment, else the machine's own."""
     beside = Path(sys.executable).with_name("mpirun")
     return str(beside) if beside.exists() else shutil.which("mpirun")
+
+
+def error_lines(said: str) -> list[str]:
+    """The lines in which a rank says what is wrong. mpirun ends some messages of its own with a NUL behind the line."""
+    return [line for line in said.replace("\0", "").splitlines() if line.startswith("error: ")]

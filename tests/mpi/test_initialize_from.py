@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
+from tests.mpi.mpirun import error_lines
+
 JOB = {
     "data": {"train": {"built_in": "digits"}, "scale": 0.0625},
     "model": [{"dense": {"units": 8}}, "relu", {"dense": {"units": 10}}],
@@ -72,7 +74,7 @@ def test_a_file_that_cannot_be_used_is_one_message_and_nothing_is_written(
         save_file(tensors, tmp_path / "first.safetensors")
     done = start(run_ranks, 2, tmp_path, "out", initialize_from="first.safetensors")
     assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert len(errors) == 1, done.stderr
     assert message in errors[0]
     assert not (tmp_path / "out").exists()

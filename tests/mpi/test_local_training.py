@@ -11,6 +11,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.mpi.jobs import LEARNING_RATE, assert_close, metrics, summary, train, write_data, write_job
+from tests.mpi.mpirun import error_lines
 
 ON_NODES = Path(__file__).with_name("programs") / "train_on_nodes.py"
 NESTEROV = {"local": {"steps": 3, "outer": "nesterov"}}
@@ -136,7 +137,7 @@ def test_a_loss_that_is_not_finite_between_meetings_ends_the_job_and_names_the_s
     job.write_text(job.read_text().replace(str(LEARNING_RATE), "1e38"))
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
     assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert errors, done.stderr
     assert all("step 2: the loss of this rank is nan before the next meeting" in line for line in errors), errors
     assert not list((tmp_path / "out").glob("checkpoints/*"))
@@ -148,7 +149,7 @@ def test_a_divergence_seen_at_a_meeting_is_everybodys(run_ranks, data, tmp_path,
     job.write_text(job.read_text().replace(str(LEARNING_RATE), rate))
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
     assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert len(errors) == 1, done.stderr
     assert "step 2 (epoch 1): the loss is" in errors[0]
 
@@ -160,7 +161,7 @@ def test_a_loss_is_held_against_the_first_steps_also_where_that_is_not_reported(
     job.write_text(job.read_text().replace(str(LEARNING_RATE), "1e8"))
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
     assert done.returncode == 1, done.stdout
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert errors, done.stderr
     assert all(re.search(r"step 2.*: the loss .*is [\d.]+e\+\d+", line) for line in errors), errors
     assert not list((tmp_path / "out").glob("checkpoints/*"))

@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from tests.mpi.jobs import EPOCHS, assert_close, metrics, summary, train, write_data, write_job
+from tests.mpi.mpirun import error_lines
 
 NODES = Path(__file__).with_name("programs") / "train_on_nodes.py"
 AVERAGED = {"average": {"decay": 0.9}}
@@ -99,7 +100,7 @@ def test_what_needs_the_whole_gradient_is_refused_beside_several_servers(
     job = write_job(tmp_path, data, optimizer, training=training, sync=servers(2))
     done = run_ranks(2, ["-m", "worker", "train", job, "-o", tmp_path / "out"])
     assert done.returncode == 2
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert len(errors) == 1
     assert f"sync.parameter_server.servers: {words}, which needs the whole gradient in one place" in errors[0]
 

@@ -1,14 +1,28 @@
-"""What a plan says a step takes is what it takes on two hosts with a slow link between, within a factor of two."""
+"""What a plan says a step takes is what it takes on two hosts with a slow link between, within a factor of two.
 
+One way of each kind, on a link so slow that a step is mostly exchange; `python -m tests.mpi.plan_beside_runs` holds all
+of them beside runs, on faster links too.
+"""
+
+import math
 from pathlib import Path
 
 import pytest
 
-from tests.mpi.plan_beside_runs import BANDWIDTHS, NETWORKS, Row, compare
+from tests.mpi.plan_beside_runs import Row, compare
 from tests.mpi.shaped_link import slow_pair, why_not
 
 FACTOR = 2.0
-TRIES = 5  # others may keep this machine's cores busy: then a run takes longer than it would, and never less
+TRIES = 5  # others may keep this machine's cores busy: while it is measured, or while it trains
+BANDWIDTH = "20Mbit"
+CHOICES = {
+    "all-reduce",
+    "all-reduce, int8",
+    "all-reduce, power_sgd",
+    "parameter server, 2 shards",
+    "parameter server, int8",
+    "local steps of 4",
+}
 
 
 @pytest.fixture(scope="module")
@@ -20,17 +34,21 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place
 
 
-@pytest.mark.timeout(400)
-@pytest.mark.parametrize("bandwidth", BANDWIDTHS)
-@pytest.mark.parametrize("network", NETWORKS)
-def test_a_step_takes_what_was_said(folder: Path, network: str, bandwidth: str) -> None:
+@pytest.mark.timeout(600)
+def test_a_step_takes_what_was_said(folder: Path) -> None:
     nearest: dict[str, Row] = {}
+    missed = CHOICES
     for _ in range(TRIES):
         with slow_pair(folder) as pair:
-            for row in compare(pair, folder, [network], [bandwidth]):
-                nearest[row.choice] = min(nearest.get(row.choice, row), row, key=lambda row: row.ratio)
-        if all(row.ratio <= FACTOR for row in nearest.values()):
+            for row in compare(pair, folder, ["784-128-10"], [BANDWIDTH], missed):
+                nearest[row.choice] = min(nearest.get(row.choice, row), row, key=distance)
+        missed = {choice for choice, row in nearest.items() if distance(row) > math.log(FACTOR)}
+        if not missed:
             break
-    assert set(nearest) == {"all-reduce", "push and pull alone"}
-    for row in nearest.values():
-        assert 1 / FACTOR < row.ratio < FACTOR, row
+    assert set(nearest) == CHOICES
+    assert not missed, [nearest[choice] for choice in sorted(missed)]
+
+
+def distance(row: Row) -> float:
+    """How far it is from what was said, to either side."""
+    return abs(math.log(row.ratio))

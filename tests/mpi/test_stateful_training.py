@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from tests.mpi.mpirun import error_lines
+
 SAMPLES, TIME, VOCABULARY = 90, 6, 11
 
 BLOCK = [
@@ -75,7 +77,7 @@ def test_a_token_outside_the_vocabulary_ends_the_job_with_one_line(run_ranks, jo
     small.write_text(json.dumps(description))
     done = run_ranks(2, ["-m", "worker", "train", small, "-o", tmp_path / "out"])
     assert done.returncode == 1
-    said = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    said = error_lines(done.stderr)
     assert len(said) == 1, done.stderr
     assert re.search(r"data\.npz.*: sample \d+ \(counted from 0\) has 10 where a token is expected, a whole", said[0])
     assert not (tmp_path / "out").exists(), "found before the first step"

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from tests.mpi.mpirun import error_lines
 from tests.unit.data.store_server import BUCKET, served
 
 pytest.importorskip("s3fs", reason="no s3fs: pip install 'paceline[stores]'")
@@ -45,6 +46,6 @@ def test_the_ranks_of_a_machine_fetch_a_file_once_and_the_job_keeps_its_url(run_
 def test_a_file_the_store_does_not_have_is_one_line_and_no_output(run_ranks, requests, tmp_path):
     done = run_ranks(2, ["-m", "worker", "train", tmp_path / "job.json", "-o", tmp_path / "out"])
     assert done.returncode == 1
-    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    errors = error_lines(done.stderr)
     assert errors == [f"error: s3://{BUCKET}/data.npz: no such file in the store; check the URL in the job file"]
     assert not (tmp_path / "out").exists()

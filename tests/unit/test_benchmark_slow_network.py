@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 
 from tests.benchmarks.measurement import BenchmarkFailed
-from tests.benchmarks.slow_network import CHOICES, FLOAT32, Trained, make_job, network_table, read_epochs, train
+from tests.benchmarks.slow_network import (
+    CHOICES,
+    FLOAT32,
+    Epochs,
+    Replay,
+    Trained,
+    make_job,
+    network_table,
+    read_epochs,
+    train,
+)
 from worker.__main__ import read_job
 
 SIGN, TOP_K = "all-reduce, sign", "all-reduce, top_k 10 %"
@@ -68,27 +78,38 @@ with open(sys.argv[1] + "/metrics.jsonl", "w") as file:
 """
 
 
-def test_a_run_that_reaches_the_target_is_ended_there(tmp_path: Path) -> None:
+def test_enough_is_the_target_or_so_many_epochs() -> None:
+    below: Epochs = [(1.0, 0.5)]
+    reached: Epochs = [*below, (2.0, 0.9)]
+    assert [Replay({}, target=0.9).enough(epochs) for epochs in ([], below, reached)] == [False, False, True]
+    assert [Replay({}, slow_epochs=1).enough(epochs) for epochs in ([], below, reached)] == [False, True, True]
+
+
+def test_a_run_that_has_told_enough_is_ended_there(tmp_path: Path) -> None:
     hosts = Invented(WRITES_TWO_EPOCHS + "time.sleep(300)")
-    assert train(hosts, {}, 0.9, tmp_path) == [(1.0, 0.5), (2.0, 0.9)]
+    assert train(hosts, {}, Replay({}, target=0.9).enough, tmp_path) == [(1.0, 0.5), (2.0, 0.9)]
 
 
 def test_a_run_that_does_not_is_read_when_it_has_ended(tmp_path: Path) -> None:
-    assert train(Invented(WRITES_TWO_EPOCHS), {}, 0.95, tmp_path) == [(1.0, 0.5), (2.0, 0.9)]
+    hosts = Invented(WRITES_TWO_EPOCHS)
+    assert train(hosts, {}, Replay({}, target=0.95).enough, tmp_path) == [(1.0, 0.5), (2.0, 0.9)]
 
 
 def test_a_run_that_fails_says_what_it_said(tmp_path: Path) -> None:
     with pytest.raises(BenchmarkFailed, match="exited with 1: no link"):
-        train(Invented("import sys; sys.exit('no link')"), {}, 0.9, tmp_path)
+        train(Invented("import sys; sys.exit('no link')"), {}, Replay({}).enough, tmp_path)
 
 
 def test_every_choice_is_a_job_that_the_rules_allow_and_every_wire_format_is_there(tmp_path: Path) -> None:
-    formats = set()
+    reduced, served = set(), set()
     for name, choice in CHOICES.items():
         job = tmp_path / "job.json"
         job.write_text(json.dumps(make_job(choice, 1, tmp_path)))
         sync = read_job(job).sync
         assert sync.WhichOneof("kind"), name
-        formats.add(sync.all_reduce.wire_format.WhichOneof("kind"))
+        reduced.add(sync.all_reduce.wire_format.WhichOneof("kind"))
+        served.add(sync.parameter_server.wire_format.WhichOneof("kind"))
     wire_format = sync.all_reduce.DESCRIPTOR.fields_by_name["wire_format"].message_type
-    assert {field.name for field in wire_format.fields} <= formats
+    formats = {field.name for field in wire_format.fields}
+    assert formats <= reduced
+    assert formats - {"power_sgd"} <= served  # whose factors are sums over all nodes

@@ -26,6 +26,9 @@ class WireFormat(NamedTuple):
     sums_well: bool  # a sum is encoded once more; where not, every node sends all it has to every other
     change: Change = Change.ROUNDING
     answer: WireFormat | None = None  # in which a parameter server's answers travel, where it is another
+    # Of a format that travels as float32 all-reduces, one after another: the elements of each over those of the vector.
+    # No server takes it, and `encode_each` is all of its coding before the last sum, `decode_each` what follows.
+    factors: tuple[float, ...] = ()
 
 
 FLOAT32: Final = WireFormat("float32", float(FLOAT32_BYTES), 0.0, 0.0, True, Change.NOTHING)

@@ -67,26 +67,26 @@ def plan(job: job_pb2.JobSpec, cluster: Cluster, measured: Path | None, as_json:
     from worker.preparation import check_shares, prepare
 
     if measured is None:
-        machine, work = measure(job, cluster.nodes, cluster.ranks_per_node)
+        machine, prepared = measure(job, cluster.nodes, cluster.ranks_per_node)
     else:
         machine = machine_from(_read(measured), str(measured))
         fetch_all(job, lambda: None)
         prepared = prepare(job)
         check_shares(prepared, job, cluster.ranks)
-        work = workload(job, prepared)
+    work = workload(job, prepared)
     if work.batch_size < cluster.ranks:
         raise UsageFault(
             f"--nodes: {cluster.nodes} nodes have {cluster.ranks} ranks and a step {work.batch_size} samples; "
             "take fewer, or raise training.batch_size"
         )
-    wires, unknown = measure_formats(job, work.parameters)
+    wires = measure_formats(job, prepared.model.slots, cluster.ranks_per_node)
     predictions = [
         predict(machine, work, cluster, choice, PRACTICE) for choice in offers(job.sync, cluster.nodes, wires)
     ]
     alone = one_node(machine, work, cluster)
     recommendation = recommend(predictions, alone, cluster.nodes)
     own = own_choice(job.sync, wires)
-    result = Plan(job.name, cluster, machine, work, alone, predictions, own, recommendation, unknown)
+    result = Plan(job.name, cluster, machine, work, alone, predictions, own, recommendation)
     print(json.dumps(plan_document(result)) if as_json else plan_text(result))
 
 

@@ -44,8 +44,8 @@ FEWEST: Final = 3  # repetitions of anything
 MOST: Final = 40
 
 
-def measure(job: job_pb2.JobSpec, nodes: int, ranks_per_node: int) -> tuple[Machine, Workload]:
-    """Of a rank with the BLAS threads this process has, for plans of up to `nodes`.
+def measure(job: job_pb2.JobSpec, nodes: int, ranks_per_node: int) -> tuple[Machine, Prepared]:
+    """Of a rank with the BLAS threads this process has, for plans of up to `nodes`; and the job it was measured with.
 
     Raises:
         Fault: the data or the model is not usable, there is no mpirun, or something did not end in time.
@@ -73,7 +73,7 @@ def measure(job: job_pb2.JobSpec, nodes: int, ranks_per_node: int) -> tuple[Mach
         grpc=_measure_server(job, work),
         base_memory_bytes=base_bytes,
     )
-    return machine, work
+    return machine, prepared
 
 
 def workload(job: job_pb2.JobSpec, prepared: Prepared) -> Workload:

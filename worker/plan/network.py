@@ -104,11 +104,20 @@ def all_reduce(machine: Machine, cluster: Cluster, size: float) -> Cost:
 def coded_all_reduce(machine: Machine, cluster: Cluster, elements: float, wire: WireFormat) -> Cost:
     """Of a vector in a wire format.
 
+    Factors are all-reduced as they are. Else:
     Where sums code well, each of P nodes owns a part: coded parts go to their owners and coded sums come back, which is
     2 (P-1)/P of the vector, and as much to decode. Where not, every node sends all to every other: P - 1 vectors.
     """
     if cluster.nodes == 1:
         return NOTHING
+    if wire.factors:
+        factored = (wire.encode_each + wire.decode_each) * elements / cluster.ranks_per_node
+        sums = [all_reduce(machine, cluster, FLOAT32_BYTES * factor * elements) for factor in wire.factors]
+        return Cost(
+            factored + sum(cost.transfer_seconds for cost in sums),
+            sum(cost.latency_seconds for cost in sums),
+            sum(cost.sent_bytes for cost in sums),
+        )
     others = cluster.nodes - 1
     rounds, share = (2, 2 * others / cluster.nodes) if wire.sums_well else (1, float(others))
     slices = cluster.ranks_per_node

@@ -1,7 +1,7 @@
 """What a job may choose from: read off the schema of the job file, so a plan never names what cannot be written there.
 
 Rules: the plain all-reduce comes first, and what changes less before what changes more. The choice that the job file
-makes is among them. A wire format is offered where this installation can code it, since its seconds are measured.
+makes is among them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from google.protobuf.message import Message
 
 from protos import job_pb2
 from protos.rules import rule_of, schema_of
+from worker.compression import kind_of
 from worker.plan.choices import FLOAT32, Choice, WireFormat
 from worker.plan.prediction import Practice
 
@@ -27,7 +28,7 @@ def offers(sync: job_pb2.Sync, nodes: int, wires: Sequence[WireFormat]) -> list[
 
     Args:
         sync: of the resolved job.
-        wires: those that are known beside float32.
+        wires: all but float32.
     """
     servers = schema_of(job_pb2.ParameterServerSync()).fields_by_name["servers"]
     shards = int(rule_of(servers).at_most or max(SERVERS))
@@ -39,25 +40,23 @@ def offers(sync: job_pb2.Sync, nodes: int, wires: Sequence[WireFormat]) -> list[
     }
     for kind, settings in exchanges.items():
         if _takes_formats(settings):
-            choices += [Choice(kind, wire) for wire in wires]
+            choices += [Choice(kind, wire) for wire in wires if kind == "all_reduce" or not wire.factors]
     choices.sort(key=lambda choice: choice.change)
     if nodes > 1 and "local" in schema_of(sync).fields_by_name:
         choices += [Choice("local", steps=steps) for steps in LOCAL_STEPS]
     own = own_choice(sync, wires)
-    return choices if own is None or own in choices else [*choices, own]
+    return choices if own in choices else [*choices, own]
 
 
-def own_choice(sync: job_pb2.Sync, wires: Sequence[WireFormat]) -> Choice | None:
-    """What the job file asks for; None where its wire format is not known here."""
+def own_choice(sync: job_pb2.Sync, wires: Sequence[WireFormat]) -> Choice:
+    """What the job file asks for."""
     kind = sync.WhichOneof("kind") or "all_reduce"
     settings: Any = getattr(sync, kind)
     if kind == "local":
         return Choice("local", steps=settings.steps)
-    wire: WireFormat | None = FLOAT32
-    if _takes_formats(settings) and settings.HasField("wire_format"):
-        name = settings.wire_format.WhichOneof("kind") or FLOAT32.name
-        wire = next((known for known in (FLOAT32, *wires) if known.name == name), None)
-    return wire and Choice(kind, wire, servers=settings.servers if kind == "parameter_server" else 1)
+    name = kind_of(settings.wire_format) if _takes_formats(settings) else FLOAT32.name
+    wire = next(wire for wire in (FLOAT32, *wires) if wire.name == name)
+    return Choice(kind, wire, servers=settings.servers if kind == "parameter_server" else 1)
 
 
 def as_sync(choice: Choice) -> Mapping[str, Any]:

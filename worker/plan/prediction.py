@@ -117,7 +117,8 @@ def _push_and_pull(
     """Seconds of exchange and of waiting, and the bytes of the node that sends most.
 
     All pushes come in by the server's link and all answers leave by it; a chunk's answer leaves when its last push has
-    arrived, so the two directions overlap but for one chunk. The server takes the pushes one by one.
+    arrived. So answers follow pushes with one chunk, and overlap with them, the more chunks the more, in the other
+    direction; with shards on several nodes each direction carries both. The server takes the pushes one by one.
     """
     wire, back = choice.wire, choice.wire.answer or choice.wire
     push, answer = (one.bytes_per_element * work.parameters for one in (wire, back))
@@ -126,13 +127,16 @@ def _push_and_pull(
     remote = (cluster.nodes - 1) * pushes
     # With shards on other nodes too, a server's node pushes to those, and gets its weights from them.
     elsewhere = pushes * (hosts - 1) / hosts
-    sent, taken = remote / hosts * answer + elsewhere * push, remote / hosts * push + elsewhere * answer
+    come = remote / hosts  # pushes that the link brings, and answers that leave by it
     chunks = max(choice.servers // hosts, round(work.parameters / hosts / CHUNK_ELEMENTS), 1)
 
-    def on_link(sent: float, taken: float) -> float:
+    def on_link(come: float, elsewhere: float, links: int) -> float:
         if cluster.shared_link:
-            return (sent + taken) * cluster.seconds_per_byte
-        return max(sent, taken) * cluster.seconds_per_byte * (1 + 1 / chunks)
+            return links * (come + elsewhere) * (push + answer) * cluster.seconds_per_byte
+        most = max(come, elsewhere)
+        behind = most * (push + answer)
+        beside = max(come * push + elsewhere * answer, elsewhere * push + come * answer)
+        return (beside + (behind - beside) / chunks) * cluster.seconds_per_byte
 
     def in_server(workers: float) -> float:
         return workers * work.gradient_bytes / choice.servers * machine.grpc.each
@@ -141,14 +145,13 @@ def _push_and_pull(
     # A worker encodes its push and decodes the answer; the server decodes everyone's, and encodes one answer for all.
     in_shard = (everyone * wire.decode_each + back.encode_each) / choice.servers
     coding = (wire.encode_each + back.decode_each + in_shard) * work.parameters
-    links = hosts if cluster.shared_link else 1
-    whole = max(on_link(sent * links, taken * links), in_server(everyone))
-    alone = max(on_link(pushes * answer, pushes * push), in_server(pushes)) if cluster.nodes > 1 else whole
+    whole = max(on_link(come, elsewhere, hosts), in_server(everyone))
+    alone = max(on_link(pushes, 0.0, 1), in_server(pushes)) if cluster.nodes > 1 else whole
     latency = machine.grpc.fixed + (2 * cluster.latency_seconds if cluster.nodes > 1 else 0.0)
     within = (cluster.ranks_per_node - 1) * work.gradient_bytes / cluster.ranks_per_node * machine.sum_each
     summed = within if practice.node_pushes_once else 0.0
     own = min(alone, whole)
-    return own + coding + summed, whole - own + latency, sent
+    return own + coding + summed, whole - own + latency, come * answer + elsewhere * push
 
 
 def _memory(machine: Machine, work: Workload, cluster: Cluster, choice: Choice) -> float:

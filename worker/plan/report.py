@@ -30,9 +30,8 @@ class Plan(NamedTuple):
     work: Workload
     alone: Prediction
     predictions: Sequence[Prediction]
-    own: Choice | None  # what the job file asks for
+    own: Choice  # what the job file asks for
     recommendation: Recommendation
-    unknown: Sequence[str]  # wire formats whose cost is not known here
 
 
 def plan_text(plan: Plan) -> str:
@@ -54,11 +53,7 @@ def plan_text(plan: Plan) -> str:
     for first, *rest in rows:
         cells = [first.ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(rest, widths[1:], strict=True))]
         lines.append("  ".join(cells).rstrip())
-    lines.append("")
-    if plan.own is not None:
-        lines.append("* what the job file asks for")
-    if plan.unknown:
-        lines.append(f"not known here: {', '.join(plan.unknown)}")
+    lines += ["", "* what the job file asks for"]
     lines.append(f"take {plan.recommendation.sentence}")
     best = plan.recommendation.best.choice
     if plan.recommendation.best is not plan.alone and best != plan.own:
@@ -79,7 +74,6 @@ def plan_document(plan: Plan) -> dict[str, Any]:
         "measured": dataclasses.asdict(plan.machine),
         "one_node": _document(plan.alone, plan),
         "choices": [_document(prediction, plan) for prediction in plan.predictions],
-        "not_known": list(plan.unknown),
         "recommendation": {
             "one_node": plan.recommendation.best is plan.alone,
             "sync": as_sync(plan.recommendation.best.choice),

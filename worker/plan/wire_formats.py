@@ -1,12 +1,13 @@
 """What each wire format costs: bytes and coding seconds an element, measured here on a vector of the job's length.
 
-Rules: the names are those of the job file's schema, the codecs those of worker/compression. A format that no codec
-writes by itself has no known cost, and no plan offers it.
+Rules: the names are those of the job file's schema, the codecs those of worker/compression. Formats that code each
+element alike are measured on noise; PowerSGD on noise in the shapes of the job's own matrices, as a rank's slice cuts
+them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import perf_counter
 from typing import Any, Final
 
@@ -14,22 +15,51 @@ import numpy as np
 
 from protos import job_pb2
 from protos.rules import resolve, schema_of
-from worker.compression import FORMATS, make_answer_codec, make_codec
+from worker.compression import FORMATS, kind_of, make_answer_codec, make_codec
 from worker.compression.codec import BLOCK_ELEMENTS, Codec, encode_with_feedback, encoded_bytes
 from worker.compression.codec import decode as decode_all
+from worker.compression.power_sgd import Factors, factor_lengths, matrices_within
+from worker.engine.params import ParameterSlot
 from worker.plan.choices import FLOAT32, WireFormat
-from worker.plan.machine import undisturbed
+from worker.plan.machine import FLOAT32_BYTES, undisturbed
+from worker.sync.all_reduce import slice_bounds
 
 MOST_ELEMENTS: Final = 1 << 20
 REPETITIONS: Final = 5
 
 
-def measure_formats(job: job_pb2.JobSpec, parameters: int) -> tuple[list[WireFormat], list[str]]:
-    """The formats whose cost is known for a vector of so many elements, and the names of the others."""
+def measure_formats(job: job_pb2.JobSpec, slots: Sequence[ParameterSlot], slices: int) -> list[WireFormat]:
+    """Every format but float32, for the model with these parameters, of which each of `slices` ranks sends its part."""
     kinds: Any = schema_of(job_pb2.WireFormat())
     names = [kind.name for kind in kinds.oneofs_by_name["kind"].fields if kind.name != FLOAT32.name]
-    elements = min(parameters, MOST_ELEMENTS)
-    return [_measured(job, name, elements) for name in names if name in FORMATS], [n for n in names if n not in FORMATS]
+    elements = min(slots[-1].stop, MOST_ELEMENTS)
+    return [
+        _measured(job, name, elements) if name in FORMATS else _factored(_settings(job, name), slots, slices)
+        for name in names
+    ]
+
+
+def _factored(settings: job_pb2.WireFormat, slots: Sequence[ParameterSlot], slices: int) -> WireFormat:
+    parameters, rank = slots[-1].stop, settings.power_sgd.rank
+    cuts = slice_bounds(parameters, slices)
+    lengths = [factor_lengths(matrices_within(slots, cut, rank), cut[1] - cut[0], rank) for cut in cuts]
+    first, second = (sum(each) / parameters for each in zip(*lengths, strict=True))
+
+    start, stop = cuts[0]
+    elements = min(stop, start + MOST_ELEMENTS) - start
+    factors = Factors(slots, (start, start + elements), rank)
+    noise = np.random.default_rng(0).standard_normal(elements).astype(np.float32)
+    total = np.empty_like(noise)
+
+    def encode() -> None:
+        factors.begin(noise, 1)
+        factors.turn()
+
+    encode_each = _seconds(encode) / elements
+    decode_each = _seconds(lambda: factors.end(total, 1)) / elements
+    return WireFormat(
+        kind_of(settings), FLOAT32_BYTES * (first + second), encode_each, decode_each, True, factors=(first, second)
+    )
 
 
 def _measured(job: job_pb2.JobSpec, name: str, elements: int) -> WireFormat:

@@ -14,6 +14,9 @@ from worker.server.members import Members
 from worker.server.pushes import Conflict, Push, Refused, ShardSetup
 from worker.server.subtrees import Subtrees
 
+# Sums of float32 losses and counts; more would overflow once it is summed.
+MOST_OF_A_TOTAL = float(np.finfo(np.float32).max)
+
 
 def check_push(
     push: Push,
@@ -23,12 +26,14 @@ def check_push(
     subtrees: Subtrees | None,
     step: int,
     terms: Push | None,
+    total_count: int | None,
 ) -> Chunk:
     """The push's chunk, or the reason why the push is refused.
 
     Args:
         step: applied to every chunk.
         terms: the open step's first push by a founding worker, which all others must agree with.
+        total_count: how many totals the founding workers send; None where none of them has pushed here yet.
     """
     members.check_joined(push.worker, push.generation)
     where = f"{members.name(push.worker)}, step {push.step}, offset {push.offset}"
@@ -62,6 +67,8 @@ def check_push(
         raise Refused(f"{where}: a share of {push.share} samples in a batch of {push.samples}")
     if not (founding or setup.mode.at_once or push.worker in push.guests):
         raise Refused(f"{where}: its batch was cut for the guests {list(push.guests)}, and it is none of them")
+    if not founding and push.offset == setup.start:
+        _check_guest_totals(push, where, setup.mode.at_once, total_count)
     _check_agreement(push, where, setup, members, chunk, subtrees, terms)
     if not np.isfinite(push.gradient).all():
         element = push.offset + int(np.argmin(np.isfinite(push.gradient))) % len(chunk.parameters)
@@ -70,6 +77,21 @@ def check_push(
         for worker in members.left:
             raise Conflict(f"{where}: {members.parted(worker)}")
     return chunk
+
+
+def _check_guest_totals(push: Push, where: str, at_once: bool, total_count: int | None) -> None:
+    """What founding workers and guests send is summed, so a guest's own totals must not end the job for all.
+
+    In the synchronous mode a guest's first step is at least two behind its join. Elsewhere it may be the first to push
+    this chunk, and totals of another count are summed with none.
+    """
+    if total_count is None and not at_once:
+        raise Conflict(f"{where}: no founding worker has pushed here yet; join again")
+    if total_count is not None and len(push.totals) != total_count:
+        raise Refused(f"{where}: {len(push.totals)} totals, but the founding workers send {total_count}")
+    for index, total in enumerate(push.totals):
+        if not abs(total) <= MOST_OF_A_TOTAL:
+            raise Refused(f"{where}: total {index} is {total}, which is not a finite number of float32's range")
 
 
 def _check_agreement(

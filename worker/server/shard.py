@@ -72,6 +72,7 @@ class Shard:
         self._terms: Push | None = None  # the open step's first push by a founding worker: all others must agree
         self._named: set[int] = set()  # the guests that the open step's pushes name
         self._opened = 0.0
+        self._total_count: int | None = None  # that the founding workers send
         self._totals: tuple[float, ...] = ()
         self._samples = 0  # that the totals are of
         self._guests: tuple[int, ...] = ()  # of the step that comes next
@@ -128,6 +129,8 @@ class Shard:
             raise Conflict("the job is over")
         if number == -1 and not self._authority:
             raise Refused("a guest is numbered by the shard that holds element 0: ask that one first")
+        if number != -1 and self._authority:
+            raise Refused(f"guest {number} is no number that was given: join with -1, and this shard gives one")
         self._check_model(number, parameter_count, layout_digest)
         return self.members.welcome(number, self.version[0] if number == -1 else step, now)
 
@@ -252,9 +255,11 @@ class Shard:
             self.members.check_joined(push.worker, push.generation)
             raise Conflict(self.fault)
         chunk = check_push(
-            push, self.setup, self.members, self._chunks, self._subtrees, self.step, self._terms
+            push, self.setup, self.members, self._chunks, self._subtrees, self.step, self._terms, self._total_count
         )  # fmt: skip
         self.members.hear(push.worker, now)
+        if push.offset == self.setup.start and self.members.is_founding(push.worker):
+            self._total_count = len(push.totals)
         if self._own_pace:
             return self._advanced(self._own_pace.receive(chunk, push, now))
         if chunk.step == push.step:

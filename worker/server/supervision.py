@@ -7,15 +7,14 @@ and the snapshot, which is the start file at first, and goes with it.
 from __future__ import annotations
 
 import sys
-import tempfile
 import threading
-from pathlib import Path
 
 from protos import job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import Checkpoint, write_checkpoint
 from worker.errors import TrainingFault
 from worker.server.process import Part, ServerProcess, start_server_process
+from worker.server.server_folder import ServerFolder
 
 RESTARTS = 3
 
@@ -32,9 +31,8 @@ class SupervisedServer:
             TrainingFault: it does not start.
             CheckpointFault: the disk takes no start file.
         """
-        self._folder = tempfile.TemporaryDirectory(prefix="paceline-", ignore_cleanup_errors=True)
-        folder = Path(self._folder.name)
-        self._job_file, self._snapshot = folder / "job.yaml", folder / "shard.safetensors"
+        self._folder = ServerFolder()
+        self._job_file, self._snapshot = self._folder.path / "job.yaml", self._folder.path / "shard.safetensors"
         self._given = (workers, generation, token)
         self._part = part
         self._job_file.write_text(to_yaml(job))
@@ -57,7 +55,7 @@ class SupervisedServer:
         with self._lock:
             self._server.stop()
         self._watch.join()
-        self._folder.cleanup()
+        self._folder.remove()
 
     def _start(self, listen: str, restored: bool) -> ServerProcess:
         return start_server_process(

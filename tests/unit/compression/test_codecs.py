@@ -85,6 +85,17 @@ def test_each_format_keeps_its_bound(values: np.ndarray) -> None:
     assert (np.abs(kept) <= largest_of_rows(np.abs(values), SIGN_ROW) * (1 + 1e-6)).all()
 
 
+@pytest.mark.parametrize("nonzero", [0, 1, 99, 100, 101, 700, 1000])  # 100 of 1000 are sent
+def test_the_largest_of_a_block_are_sent_however_many_are_0_and_the_first_of_equals(nonzero: int) -> None:
+    random = np.random.default_rng(nonzero)
+    values = np.zeros(1000, np.float32)
+    values[random.permutation(1000)[:nonzero]] = random.choice([-3, -2, -1, 1, 2, 3], nonzero)
+    sent = np.argsort(-np.abs(values), kind="stable")[:100]
+    wanted = np.zeros_like(values)
+    wanted[sent] = values[sent]
+    np.testing.assert_array_equal(there_and_back("top_k", values), wanted)
+
+
 @settings(max_examples=30, deadline=None)
 @given(st.integers(1, 5000), st.integers(0, 2**32 - 1))
 def test_what_a_format_can_say_comes_back_exactly(length: int, seed: int) -> None:

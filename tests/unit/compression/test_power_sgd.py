@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from worker.compression.power_sgd import Matrix, first_factor, matrices_within, orthonormalize, product
+from worker.compression.power_sgd import Factors, Matrix, first_factor, matrices_within, orthonormalize, product
 from worker.engine.params import Parameter, lay_out
 
 
@@ -55,3 +55,25 @@ def test_with_a_warm_start_the_iteration_comes_to_the_truncated_svd() -> None:
     values = np.linalg.svd(gradient, compute_uv=False)
     best = float(np.sqrt((values[rank:] ** 2).sum()))
     assert best <= np.linalg.norm(gradient - left.T @ right) * (1 + 1e-5) <= best * 1.001
+
+
+def test_what_two_nodes_sent_and_what_they_have_left_is_what_was_to_be_sent() -> None:
+    slots, samples = slots_of((40, 30), (30,), (30, 20), (20,)), 5
+    elements = slots[-1].stop
+    random = np.random.default_rng(3)
+    nodes = [Factors(slots, (0, elements), 2) for _ in range(2)]
+    wanted, sent = np.zeros(elements), np.zeros(elements)
+    for _ in range(6):
+        totals = random.standard_normal((2, elements)).astype(np.float32)
+        wanted += totals.sum(axis=0, dtype=np.float64) / samples
+        for node, total in zip(nodes, totals, strict=True):
+            node.begin(total, samples)
+        nodes[0].first[:] = nodes[1].first[:] = nodes[0].first + nodes[1].first
+        for node in nodes:
+            node.turn()
+        nodes[0].second[:] = nodes[1].second[:] = nodes[0].second + nodes[1].second
+        for node, total in zip(nodes, totals, strict=True):
+            node.end(total, samples)
+        np.testing.assert_array_equal(*totals)
+        sent += totals[0].astype(np.float64) / samples
+    np.testing.assert_allclose(sent + nodes[0].residual + nodes[1].residual, wanted, atol=1e-5)

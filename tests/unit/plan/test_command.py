@@ -93,6 +93,13 @@ def test_parameter_servers_are_offered_in_every_format_that_a_job_file_takes_for
     assert "parameter server, power_sgd" not in done.out
 
 
+def test_every_format_is_offered_for_the_all_reduce(plan) -> None:
+    done = plan("--set", "sync={all_reduce: {wire_format: power_sgd}}")
+    assert "all-reduce, power_sgd *" in done.out
+    for name in ("float16", "bfloat16", "int8", "top_k", "sign"):
+        assert f"all-reduce, {name} " in done.out
+
+
 def test_ranks_of_a_node_are_the_jobs_workers_over_the_nodes(plan) -> None:
     assert "on 3 nodes of 2 ranks" in plan("--nodes", "3").out
     assert "on 8 nodes of 1 rank," in plan("--nodes", "8").out

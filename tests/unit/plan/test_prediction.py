@@ -13,9 +13,11 @@ from worker.plan.prediction import Practice, one_node, predict
 
 PLAIN = Practice(buckets=False)
 HALF = WireFormat("float16", 2.0, 1e-9, 5e-10, sums_well=True)
+FACTORED = WireFormat("power_sgd", 3.8, 2e-9, 1e-9, sums_well=True, factors=(0.5, 0.45))
 CHOICES = [
     Choice("all_reduce"),
     Choice("all_reduce", HALF),
+    Choice("all_reduce", FACTORED),
     Choice("parameter_server"),
     Choice("parameter_server", HALF, servers=2),
     Choice("local", steps=8),
@@ -50,9 +52,10 @@ def test_a_parameter_server_may_answer_in_another_format(machine: Machine, work:
     back = HALF._replace(bytes_per_element=1.0)
     wire = HALF._replace(encode_each=2e-9, decode_each=1e-9, answer=back)
     step = predict(machine, work, cluster, Choice("parameter_server", wire), PLAIN)
-    # Three remote pushes of 2 MB in; a worker encodes and decodes, the server decodes four and encodes one.
+    # Three remote pushes of 2 MB in, and a quarter of their answers of 1 MB behind them; a worker encodes and decodes,
+    # the server decodes four and encodes one.
     coding = 0.002 + 0.0005 + 4 * 0.001 + 0.001
-    assert step.exchange_seconds + step.waiting_seconds == pytest.approx(0.6 * 5 / 4 + coding + 3e-4 + 2e-4)
+    assert step.exchange_seconds + step.waiting_seconds == pytest.approx(0.6 + 0.3 / 4 + coding + 3e-4 + 2e-4)
     assert step.sent_bytes == pytest.approx(3e6)
     # Program, gradient, buffers of 100 samples; weights and what is yet to be sent.
     assert step.memory_bytes == pytest.approx(50e6 + 4e6 + 1e5 + 2 * 4e6)
@@ -66,8 +69,11 @@ def test_shards_help_the_link_only_where_they_are_on_several_nodes(
         return predict(machine, work, cluster, choice, Practice(servers_spread=spread)).step_seconds
 
     assert seconds(4, spread=False) == pytest.approx(seconds(1, spread=False))
-    # Two of three vectors less on the link, and one chunk a shard, whose answer waits for all of it.
-    assert seconds(4, spread=True) == pytest.approx(0.011 + 0.4 * 1.5 * 2 + 5e-4)
+    # Each way a quarter of three pushes and of three answers: both directions are busy all the time.
+    assert seconds(4, spread=True) == pytest.approx(0.011 + 0.4 * 1.5 + 5e-4)
+    # On two of the nodes: half of three pushes come in, then half of three answers leave; of two chunks the second
+    # pushes pass the first answers.
+    assert seconds(2, spread=True) == pytest.approx(0.011 + 0.4 * (2 + 1 / 2) + 5e-4)
 
 
 def test_a_node_that_pushes_once_sends_less(machine: Machine, work: Workload, cluster: Cluster) -> None:
@@ -101,6 +107,16 @@ def test_a_format_whose_sums_do_not_code_goes_whole_to_every_node(
     step = predict(machine, work, cluster, Choice("all_reduce", signs), PLAIN)
     assert step.sent_bytes == 3 * 125_000
     assert step.exchange_seconds == pytest.approx(0.0375 + 0.001 + 0.0015 + 3 * 4e6 * 1e-10)
+
+
+def test_factors_are_two_all_reduces_and_their_coding(machine: Machine, work: Workload, cluster: Cluster) -> None:
+    wire = FACTORED._replace(factors=(0.015, 0.005))
+    step = predict(machine, work, cluster, Choice("all_reduce", wire), Practice())
+    # 60 and 20 kB, 3/2 of each by the link and 3/4 summed; four messages for each and two for the totals.
+    assert step.sent_bytes == pytest.approx(120e3)
+    assert step.exchange_seconds == pytest.approx(0.012 + 0.75 * 80e3 * 1e-10 + 0.003)
+    assert step.waiting_seconds == pytest.approx(10 * 1.1e-4)
+    assert predict(machine, work, cluster._replace(nodes=1), Choice("all_reduce", wire), PLAIN).exchange_seconds == 0
 
 
 def test_buckets_hide_behind_backward_but_for_the_first_layer(
@@ -180,7 +196,7 @@ def test_nothing_is_below_0_and_a_faster_link_never_slows_a_step(machine, work, 
 def test_without_a_network_between_only_the_machine_is_left(machine, work, cluster, choice) -> None:
     """Bandwidth without end, and processes that pass bytes on for nothing: compute, sums and coding remain."""
     free = dataclasses.replace(machine, mpi=Line(0, 0), grpc=Line(0, 0), sum_each=0.0, fence_seconds=0.0)
-    coded = (choice.wire.encode_each + (cluster.ranks + 1) * choice.wire.decode_each) * work.parameters
+    coded = (2 * choice.wire.encode_each + (cluster.ranks + 1) * choice.wire.decode_each) * work.parameters
     limit = predict(free, work, cluster._replace(bytes_per_second=1e30, latency_seconds=0.0), choice, PLAIN)
     assert limit.step_seconds <= (limit.compute_seconds + coded) * (1 + 1e-9) + 1e-12
 

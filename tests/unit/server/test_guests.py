@@ -1,5 +1,6 @@
 """What becomes of one guest of a synchronous shard: taken in, waited for, dropped, refused."""
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
@@ -153,6 +154,10 @@ REFUSED = [
     ("guest 5 is not known here; join again", Apart, {"worker": 5}),
     ("guest 1, step 3, offset 3: a share of 9 samples", Refused, {"share": 9}),
     ("the gradient is not finite at element 3", Refused, {"gradient": np.full(CHUNK, np.nan, np.float32)}),
+    ("offset 0: 2 totals, but the founding workers send 1", Refused, {"offset": 0, "totals": (1.0, 2.0)}),
+    ("offset 0: 0 totals, but the founding workers send 1", Refused, {"offset": 0, "totals": ()}),
+    ("offset 0: total 0 is nan, which is not a finite number", Refused, {"offset": 0, "totals": (math.nan,)}),
+    ("offset 0: total 0 is -1e\\+308, which is not a finite number", Refused, {"offset": 0, "totals": (-1e308,)}),
 ]
 
 
@@ -166,6 +171,14 @@ def test_a_guests_push_that_is_refused_changes_nothing(shard, words, kind, chang
     assert len(push_all(shard, 0, 3, 4)) == 2
 
 
+def test_a_guest_that_pushes_before_any_founding_worker_is_sent_to_join_again() -> None:
+    shard = new_shard()
+    shard.welcome(-1, 2, COUNT, "digest", 0, 0.0)
+    shard.open(1, 2, 0.0)
+    with pytest.raises(Conflict, match="no founding worker has pushed here yet; join again"):
+        shard.receive(push_of(1, 1, 0, 4), 0.0)
+
+
 def test_who_cannot_be_a_guest_is_told_why(shard) -> None:
     welcome = (2, COUNT, "digest", 0, 0.0)
     with pytest.raises(Conflict, match=NO_GUESTS[:20]):
@@ -174,12 +187,16 @@ def test_who_cannot_be_a_guest_is_told_why(shard) -> None:
         shard.welcome(-1, 1, *welcome[1:])
     with pytest.raises(Conflict, match="the guest has a model of 7 parameters"):
         shard.welcome(-1, 2, 7, "digest", 0, 0.0)
-    with pytest.raises(Refused, match="guest 0 cannot be: numbers below 1"):
-        shard.welcome(0, *welcome)
-    with pytest.raises(Apart, match="guest 1 is here already"):
-        shard.welcome(1, *welcome)
+    with pytest.raises(Refused, match="guest 2147483647 is no number that was given: join with -1"):
+        shard.welcome(2**31 - 1, *welcome)
+    other = new_shard(start=3)
     with pytest.raises(Refused, match="ask that one first"):
-        new_shard(start=3).welcome(-1, *welcome)
+        other.welcome(-1, *welcome)
+    with pytest.raises(Refused, match="guest 0 cannot be: numbers below 1"):
+        other.welcome(0, *welcome)
+    assert other.welcome(1, *welcome) == 1
+    with pytest.raises(Apart, match="guest 1 is here already"):
+        other.welcome(1, *welcome)
     for _ in range(MOST_GUESTS - 1):
         shard.welcome(-1, *welcome)
     with pytest.raises(Apart, match=f"{MOST_GUESTS} guests already"):
