@@ -50,6 +50,11 @@ class Choice:
         """Whether workers may run on other machines."""
         return self.name != "local"
 
+    @property
+    def bounded(self) -> bool:
+        """Whether more ranks than have room cannot wait or share cores there."""
+        return self.name == "ssh"
+
 
 def choose(name: str, texts: Sequence[str], state: Path) -> tuple[Choice, int]:
     """The launcher that was asked for, and how many ranks have room there. OptionInvalid, LauncherMissing."""

@@ -175,6 +175,8 @@ def read_settings(
         raise CannotServe(str(fault)) from fault
     except OptionInvalid as fault:
         raise CannotServe(str(fault), ExitCode.USAGE) from fault
+    if choice.bounded and slots is not None and slots > room:
+        raise CannotServe(f"--slots: {slots} is above {room}, what the host file has in all", ExitCode.USAGE)
     if warning := unreachable_warning(listen_address, choice):
         print(f"warning: {warning}", file=sys.stderr)
     roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)

@@ -261,11 +261,16 @@ def adopt(log_dir: Path, attempt: int) -> Running | None:
     """A launch that another process started, whether it still runs or has ended.
 
     None where there was none, and from then on there will be none under this number.
+
+    Raises:
+        ValueError: it was started through another system, which alone knows of it.
     """
     record = record_of(log_dir, attempt)
     log_dir.mkdir(parents=True, exist_ok=True)
     if keeper.write_once(str(record), keeper.VOID) or (text := record.read_text()) == keeper.VOID:
         return None
+    if text.startswith(keeper.HOSTED):
+        raise ValueError("it was launched through another system; end it there, or start with that --launcher")
     numbers, *scratch = text.splitlines()
     pid, start_ticks = map(int, numbers.split())
     return Running(Process(pid, start_ticks), record, scratch)

@@ -12,7 +12,7 @@ import socket
 import subprocess
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -83,7 +83,6 @@ def slurm_cluster(cores: int) -> Iterator[dict[str, str]]:
                 cores=cores,
             )
         )
-        (folder / "cgroup.conf").write_text("CgroupPlugin=cgroup/v1\nCgroupAutomount=no\n")
         variables = {"SLURM_CONF": str(settings)}
         _start_munge(folder, started)
         for program in ("slurmctld", "slurmd"):
@@ -145,7 +144,7 @@ def _await_node(host: str, folder: Path, variables: dict[str, str]) -> None:
     _until(idle, "slurmctld", folder)
 
 
-def _until(good: "callable", program: str, folder: Path) -> None:
+def _until(good: Callable[[], bool], program: str, folder: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not good():
         if time.monotonic() > deadline:

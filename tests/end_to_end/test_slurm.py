@@ -198,7 +198,7 @@ def test_a_killed_coordinator_takes_its_slurm_jobs_over(cluster: dict[str, str],
         first = stack.enter_context(served(tmp_path, cluster))
         running = first.submit(epochs=ENDLESS)
         first.until_running(running)
-        waiting = first.submit(workers=CORES)  # more than is left
+        waiting = first.submit(workers=3)  # more than is left
         first.until(waiting, lambda job: job.state == job_pb2.JOB_STATE_QUEUED and job.reason == "WaitingForSlots")
         first.process.kill()
         first.process.wait(WAIT_SECONDS)

@@ -246,6 +246,12 @@ def test_a_launch_on_this_machine_is_taken_over_as_such(system: Memory, tmp_path
     assert found.poll() == 4
 
 
+def test_a_local_coordinator_leaves_a_launch_through_another_system_alone(tmp_path: Path) -> None:
+    assert hosted(tmp_path, "exit 0").returncode == 0
+    with pytest.raises(ValueError, match=r"it was launched through another system; .* start with that --launcher"):
+        local.adopt(tmp_path, 1)
+
+
 def test_a_silent_system_may_have_it_and_is_no_proof_that_it_has_not(system: Memory, tmp_path: Path) -> None:
     system.silent = True
     with pytest.raises(OSError, match="Memory does not answer: nobody there"):
