@@ -62,6 +62,7 @@ NO_ANSWER = (
     "Slurm backup controller in standby",
     "Slurm temporarily unable to accept job",
     "Resource temporarily unavailable",
+    "Could not establish a configuration source",
 )
 LOOK = ("squeue", "--me", "--noheader", "--states=all", "--format=%A|%T|%N|%r")
 FIND = ("squeue", "--me", "--noheader", "--states=all", "--format=%A")
@@ -83,14 +84,16 @@ def check(options: Mapping[str, str]) -> int:
     if missing := [program for program in PROGRAMS if shutil.which(program) is None]:
         raise local.LauncherMissing(f"--launcher slurm: {', '.join(missing)} not on PATH: {INSTALL}")
     words = [f"--{name}={value}" for name, value in options.items()]
+    partition = [word for word in words if word.startswith("--partition=")]
     try:
-        partition = [word for word in words if word.startswith("--partition=")]
         cores = sum(int(line.rsplit("/", 1)[-1]) for line in _run("sinfo", "-h", "-o%C", *partition).splitlines())
+    except (NoAnswer, SubmitRefused) as fault:
+        remedy = "is slurmctld up, and slurm.conf this cluster's?"
+        raise local.LauncherMissing(f"--launcher slurm: {fault}: {remedy}") from None
+    try:
         _run("sbatch", "--test-only", "--ntasks=1", *words, "--wrap=true")
     except NoAnswer as fault:
-        raise local.LauncherMissing(
-            f"--launcher slurm: {fault}: is slurmctld up, and slurm.conf this cluster's?"
-        ) from None
+        log.warning("slurmctld does not answer: %s", fault)  # it did a moment ago, and jobs wait for it
     except SubmitRefused as fault:
         if re.search("invalid|unknown|illegal|unrecognized", str(fault), re.IGNORECASE):
             raise OptionInvalid(f"sbatch refuses {' '.join(words) or 'a job'}: {fault}") from None

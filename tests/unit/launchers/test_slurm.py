@@ -140,6 +140,27 @@ def test_a_cluster_of_several_node_kinds_has_the_cores_of_all(monkeypatch, tmp_p
     assert slurm.check({}) == 20
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "sinfo: fatal: Could not establish a configuration source",
+        "slurm_load_partitions: Unable to contact slurm controller (connect failure)",
+    ],
+)
+def test_a_slurm_that_cannot_be_asked_is_refused_with_what_to_look_at(monkeypatch, tmp_path: Path, said: str) -> None:
+    fake_programs(
+        monkeypatch, tmp_path, sinfo=f"echo '{said}' >&2; exit 1", sbatch="true", squeue="true", scancel="true"
+    )
+    with pytest.raises(local.LauncherMissing, match=r"^--launcher slurm: .*: is slurmctld up"):
+        slurm.check({})
+
+
+def test_a_partition_that_is_closed_for_a_while_is_no_reason_not_to_serve(monkeypatch, tmp_path: Path) -> None:
+    closed = "echo 'allocation failure: Required partition not available (inactive or drain)' >&2; exit 1"
+    fake_programs(monkeypatch, tmp_path, sinfo="echo 0/4/0/4", sbatch=closed, squeue="true", scancel="true")
+    assert slurm.check({"partition": "cpu"}) == 4
+
+
 def test_a_missing_slurm_is_named_with_what_installs_it(monkeypatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(local.LauncherMissing, match=r"sbatch, .* not on PATH: .*apt-get install slurm-client"):
