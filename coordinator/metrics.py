@@ -66,7 +66,10 @@ class _Training:
 
 
 _ServerColumn: TypeAlias = Literal[
-    "parameter_server_restarts", "parameter_server_steps_lost", "parameter_server_workers"
+    "parameter_server_restarts",
+    "parameter_server_steps_lost",
+    "parameter_server_workers",
+    "parameter_server_guests_dropped",
 ]
 
 # Gauges taken from the newest report that states them: (series, field of Report, what it is).
@@ -89,6 +92,8 @@ _SERVERS: tuple[tuple[type[CounterMetricFamily | GaugeMetricFamily], str, _Serve
      "Steps since their snapshots that parameter servers lost when they died."),
     (GaugeMetricFamily, "paceline_parameter_server_workers", "parameter_server_workers",
      "Who shares the next step: nodes and guests."),
+    (CounterMetricFamily, "paceline_parameter_server_guests_dropped", "parameter_server_guests_dropped",
+     "Guests that were dropped: silent, or their connection lost."),
 )  # fmt: skip
 
 

@@ -241,6 +241,9 @@ def train(arguments: argparse.Namespace) -> int:
         if world.rank == 0:
             print(line, flush=True)
 
+    def say_error(line: str) -> None:
+        fail(line, ExitCode.FAILED)
+
     def job_found() -> job_pb2.JobSpec:
         if isinstance(found, UsageFault):
             raise found
@@ -265,22 +268,22 @@ def train(arguments: argparse.Namespace) -> int:
         return fail(str(fault), fault.exit_code) if world.rank == 0 else fault.exit_code
 
     def last_words(too_late: bool) -> None:
-        lines = [] if heartbeats.spoken() else heartbeats.gone()
-        if too_late and not lines and not heartbeats.spoken():
+        heartbeats.tell_gone(say_error)
+        if too_late and not heartbeats.spoken():
             here = world.beat.seen()
-            lines = [
+            say_error(
                 f"{place}{here.place()}: told to end by SIGTERM {job.limits.grace_seconds:g} s ago and the step is "
                 "not done: it ends without a checkpoint; raise limits.grace_seconds (and what the launcher waits)"
-            ]
-        world.beat.leave(spoken=bool(lines))
-        for line in lines:
-            fail(line, ExitCode.FAILED)
+            )
+            world.beat.leave(spoken=True)
+        world.beat.leave()
 
     heartbeats = Heartbeats(world)
     memory = MemoryPeak()
 
     def look() -> None:
         world.beat.live()
+        heartbeats.look()
         memory.look()
 
     watchdog = Watchdog(job.limits.stall_seconds, stalled, look, is_alone=world.size == 1)
@@ -289,18 +292,25 @@ def train(arguments: argparse.Namespace) -> int:
     def own_fault(what: str, in_phase: bool = True) -> NoReturn:
         """A fault of this rank alone ends the job for all."""
         here = world.beat.seen()
-        fail(place + (f"{here.place()}: " if in_phase and here.step else "") + what, ExitCode.FAILED)
+        say_error(place + (f"{here.place()}: " if in_phase and here.step else "") + what)
         world.beat.leave(spoken=True)
         world.abort(ExitCode.FAILED)
+
+    def look_for_the_dead() -> None:
+        """A parameter server knows workers by number, and that a connection has ended: the heartbeats know more."""
+        if world.awaits is not None and heartbeats.tell_gone_behind_a_fault(say_error):
+            world.abort(ExitCode.FAILED)
 
     try:
         started = processes.process_start_time()
         code = run_job(world, job, arguments.output, arguments.resume, started, say, watchdog, stop, memory)
     except AgreedFault as fault:
+        look_for_the_dead()
         if world.rank == 0:
             fail(str(fault), fault.exit_code)
         return fault.exit_code
     except (Fault, KeyboardInterrupt) as fault:
+        look_for_the_dead()
         # A TrainingFault or a ReplicaFault names its step itself.
         own_fault(str(fault) or "interrupted", not isinstance(fault, TrainingFault | ReplicaFault | KeyboardInterrupt))
     except MemoryError as error:

@@ -144,13 +144,13 @@ def make_report(
 
 
 def rank_report(rank: int, host: str, statistics: ExchangeStatistics) -> dict[str, Any]:
-    """What one rank's exchange cost so far; names as in the coordinator's RankReport."""
+    """What one rank's exchange cost so far, from any thread; names as in the coordinator's RankReport."""
     report: dict[str, Any] = {
         "rank": rank,
         "host": host,
         "exchange_wait_seconds": statistics.wait_seconds,
-        "sent_bytes": statistics.sent_bytes,
-        "received_bytes": statistics.received_bytes,
+        "sent_bytes": dict(statistics.sent_bytes),
+        "received_bytes": dict(statistics.received_bytes),
     }
     if statistics.servers is not None:
         report |= statistics.servers._asdict()

@@ -61,6 +61,14 @@ def process_start_time() -> float:
     return time.time() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started_seconds)
 
 
+def has_ended(process: int) -> bool:
+    """Whether a process of this machine runs no more, be it that its parent has yet to ask how it ended."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] in "ZX"
+    except OSError:
+        return True
+
+
 def _first_number(environ: Mapping[str, str], names: tuple[str, ...], default: int) -> int:
     for name in names:
         value = environ.get(name, "")

@@ -36,7 +36,6 @@ class Reporter:
         self._print_line = print_line
         self._send = send
         self._saved: dict[str, float] = {}  # when the last checkpoint was complete, as in RankReport
-        self._rank_0: dict[str, Any] | None = None  # its last statistics
         self._printed_at_seconds = -PLAIN_LINE_SECONDS
 
     def report(self, report: Report, ranks: list[dict[str, Any]], ends_epoch: bool) -> None:
@@ -45,7 +44,6 @@ class Reporter:
         self._file.write(json.dumps(present) + "\n")
         self._file.flush()
         if self._send is not None:
-            self._rank_0 = ranks[0]
             self._send(present, [ranks[0] | self._saved, *ranks[1:]])
         now = report["wall_seconds"]
         if ends_epoch or now - self._printed_at_seconds >= PLAIN_LINE_SECONDS:
@@ -54,15 +52,18 @@ class Reporter:
 
     def first_step(self, rank_0: dict[str, Any]) -> None:
         """Training is under way: word to the coordinator, which need not wait for the first report."""
-        self._rank_0 = rank_0
         if self._send is not None:
             self._send(None, [rank_0 | self._saved])
 
-    def saved(self, time: float) -> None:
-        """A checkpoint was complete at `time`, in seconds since the Unix epoch; from any thread."""
+    def saved(self, time: float, rank_0: dict[str, Any]) -> None:
+        """A checkpoint was complete at `time`, in seconds since the Unix epoch; from any thread.
+
+        `rank_0`: its statistics now, which may tell of more than the last report's: parameter servers can die behind
+        the last step.
+        """
         self._saved = {"checkpoint_time": time}
-        if self._send is not None and self._rank_0 is not None:
-            self._send(None, [self._rank_0 | self._saved])
+        if self._send is not None:
+            self._send(None, [rank_0 | self._saved])
 
     def close(self) -> None:
         """Close the file."""

@@ -27,7 +27,7 @@ from worker.data.stores import fetch_all, local_path
 from worker.errors import TrainingFault
 from worker.initial_weights import open_initial_weights
 from worker.invitation import leave_invitation
-from worker.measurements import Position, from_plain, validation_losses
+from worker.measurements import Position, from_plain, rank_report, validation_losses
 from worker.memory import MemoryPeak
 from worker.model_file import write_model
 from worker.preparation import Prepared, check_shares, check_size, prepare, remark
@@ -104,7 +104,11 @@ def run_job(
         output_folder.cut_metrics(folder, start)
         send = client.send if client else None
         reporter = Reporter(folder / output_folder.METRICS, job.training.epochs, say, send)
-    saved = reporter.saved if reporter else lambda time: None
+
+    def saved(time: float) -> None:
+        if reporter:
+            reporter.saved(time, rank_report(world.rank, world.host, exchange.statistics))
+
     checkpointer = Checkpointer(world, job, prepared.model, exchange, folder, best, saved)
     observers = Observers(
         first_step=reporter.first_step if reporter else lambda _: None,

@@ -3,7 +3,8 @@
 SIGTERM asks for the end within a grace: the training loop finishes its step, and all ranks write a checkpoint and leave
 together. Where the loop cannot come that far, because a rank is gone or the grace is over, the process says its last
 words and ends by the signal. SIGUSR1 asks for the same and sets no grace; mpirun hands it on to all ranks, which it
-does with SIGTERM only to kill them a quarter of a second later.
+does with SIGTERM only to kill them a quarter of a second later. When a rank is gone mpirun sends the others SIGCONT, a
+quarter of a second later SIGTERM and as much later SIGKILL: so who hears SIGCONT looks whether there are last words.
 
 Python runs a signal's handler in the main thread and only between two of its instructions; a rank blocked inside MPI
 has none. But the interpreter writes the signal's number to a descriptor at once, and a thread reads it there.
@@ -42,15 +43,16 @@ class StopRequest:
         self._fd_before = signal.set_wakeup_fd(self._writing, warn_on_full_buffer=False)
         self._handler_before = signal.signal(signal.SIGTERM, lambda *_: None)
         signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.signal(signal.SIGCONT, lambda *_: None)
         self._thread = threading.Thread(target=self._watch, name="stop request", daemon=True)
         self._thread.start()
 
     def last_words(self, is_vain: Callable[[], bool], say: Callable[[bool], None]) -> None:
-        """What to do once SIGTERM has come; both are called from another thread.
+        """What to do once SIGTERM has come, or SIGCONT while a rank is gone; both are called from another thread.
 
         Args:
             is_vain: whether waiting for the step is, because another rank is gone.
-            say: called before the process ends by the signal; is told whether the grace was over.
+            say: called before the process ends by the signal, perhaps twice; is told whether the grace was over.
         """
         self._is_vain, self._say = is_vain, say
 
@@ -62,6 +64,7 @@ class StopRequest:
         """The process is on its way out. In the main thread."""
         signal.signal(signal.SIGTERM, signal.SIG_IGN if self.asked else self._handler_before)
         signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+        signal.signal(signal.SIGCONT, signal.SIG_DFL)
         signal.set_wakeup_fd(self._fd_before)
         os.close(self._writing)
         self._thread.join(timeout=5)
@@ -80,6 +83,8 @@ class StopRequest:
                         self.asked = self.asked or signal.Signals(number).name
                 if signal.SIGTERM in numbers and terminated_at is None:
                     terminated_at = monotonic()
+                if signal.SIGCONT in numbers and terminated_at is None and self._is_vain():
+                    self._say(False)
             if terminated_at is None:
                 continue
             over = monotonic() - terminated_at >= self._grace_seconds

@@ -24,6 +24,13 @@ def make_update(job: job_pb2.JobSpec) -> Optimizer:
     return optimizer
 
 
+def whole_gradient_user(job: job_pb2.JobSpec) -> str | None:
+    """What of a resolved job needs the whole mean gradient in one place, as messages call it; None if nothing does."""
+    if job.training.clip_norm:
+        return "training.clip_norm"
+    return f"optimizer {job.optimizer.WhichOneof('kind')}" if make_update(job).direct is not None else None
+
+
 def average(optimizer: Optimizer, decay: float) -> Optimizer:
     """The optimizer, after which A <- d A + (1 - d) W; A begins as the weights after the first step.
 

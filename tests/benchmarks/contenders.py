@@ -5,6 +5,7 @@ next to those they are likely to be compared with.
 """
 
 import json
+import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -77,7 +78,7 @@ def paceline(ranks: int, sync: Any) -> Callable[[Run], Measurement]:
         job_file, output = run.folder / "job.json", run.folder / "output"
         job_file.write_text(json.dumps(job(run, ranks, sync)))
         arguments = ("train", str(job_file), "-o", str(output))
-        command, scratch = Command((find_worker(), *arguments), {}), None
+        command, folders = Command((find_worker(), *arguments), {}), ()
         if ranks > 1:
             launch = render(
                 mpirun=find_mpirun(),
@@ -88,12 +89,13 @@ def paceline(ranks: int, sync: Any) -> Callable[[Run], Measurement]:
                 forwarded={},
             )
             scratch = Scratch()
+            folders = scratch.folders
             command = Command(launch.argv, {**launch.environment, **scratch.environment})
         try:
             run_command(command, run.folder)
         finally:
-            if scratch is not None:
-                scratch.remove()
+            for folder in folders:
+                shutil.rmtree(folder, ignore_errors=True)
         return read_measurement(json.loads((output / "summary.json").read_text()), run.case.classes)
 
     return measure

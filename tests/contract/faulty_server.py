@@ -1,7 +1,7 @@
 """`paceline-worker serve-parameters` with chunks of eight elements, which kills itself once, where it is told to.
 
 Arguments: where (never, push, apply, answer or pull), a file whose presence says that it has happened, then those of
-`paceline-worker`.
+`paceline-worker`. In the environment, where it is otherwise: FAULTY_STEP, in which it happens, and FAULTY_SIGNAL.
 """
 
 import contextlib
@@ -21,7 +21,8 @@ from worker.__main__ import main
 from worker.server.shard import Shard
 
 CHUNK = 8
-STEP = 2  # in which it happens, with its second message
+STEP = int(os.environ.get("FAULTY_STEP", "2"))  # in which it happens, with its second message
+SIGNAL = signal.Signals[os.environ.get("FAULTY_SIGNAL", "SIGKILL")]
 where, mark = sys.argv[1], Path(sys.argv[2])
 del sys.argv[1:3]
 seen = 0
@@ -38,7 +39,7 @@ def die_at_the_second(is_one: Callable[..., bool], work: Callable[..., Any]) -> 
         if seen == 2:
             with contextlib.suppress(FileExistsError):  # of several servers one alone makes the file
                 mark.touch(exist_ok=False)
-                os.kill(os.getpid(), signal.SIGKILL)
+                os.kill(os.getpid(), SIGNAL)
         return result
 
     return wrapped

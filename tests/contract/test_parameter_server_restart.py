@@ -192,6 +192,37 @@ def test_killed_before_a_pull_the_pull_waits_for_it_and_training_goes_on(fleet) 
     assert (running.workers[0].restarts, running.workers[0].steps_lost) == (1, 0)
 
 
+def test_killed_behind_the_last_step_a_pull_tells_and_what_is_lost_is_counted_before_the_next(fleet, capfd) -> None:
+    running = fleet(workers=2)
+    running.step(1)
+    running.kill(1)
+    first, second = running.workers
+    assert not first.found_returned
+    behind = first.pull(state=False)["parameters"]
+    np.testing.assert_array_equal(behind, [*np.full(CUT, -RATE), *np.zeros(CUT)])
+    assert (first.found_returned, first.steps_lost) == (True, 0)
+    with ThreadPoolExecutor(2) as pool:  # it answers once both are there
+        list(pool.map(ParameterServerExchange.meet_again, running.workers))
+    np.testing.assert_array_equal(first.pull(state=False)["parameters"], behind)
+    for worker in (first, second):
+        assert (worker.found_returned, worker.restarts, worker.steps_lost) == (False, 1, 1)
+    lines = [line for line in capfd.readouterr().err.splitlines() if "is back at step 1: " in line]
+    assert len(lines) == 2
+    assert all(line.endswith("elements 32 to 63 are those after step 0, 1 steps are lost") for line in lines)
+    running.step(2)
+    np.testing.assert_array_equal(running.weights[0], [*np.full(CUT, -2 * RATE), *np.full(CUT, -RATE)])
+    assert first.restarts == 1
+
+
+def test_a_worker_can_leave_a_server_that_is_gone(fleet, monkeypatch) -> None:
+    monkeypatch.setattr(supervision, "RESTARTS", 0)
+    running = fleet()
+    running.step(1)
+    running.kill(1)
+    running.workers[0].leave()
+    np.testing.assert_array_equal(running.weights[0], np.full(COUNT, -RATE, np.float32))
+
+
 def test_one_that_stays_away_ends_the_step_in_time_and_is_named(fleet, monkeypatch, capfd) -> None:
     monkeypatch.setattr(supervision, "RESTARTS", 0)
     running = fleet(return_seconds=1.0)

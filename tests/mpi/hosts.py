@@ -93,7 +93,7 @@ class Hosts:
         assert mpirun is not None
         forwarded = [word for name in environment for word in ("-x", name)]
         return [
-            *_enter(self.hosts[0]),
+            *enter(self.hosts[0]),
             *(mpirun, "--prefix", str(Path(mpirun).parents[1]), "--hostfile", str(host_file)),
             *("--prtemca", "plm_ssh_args", f"-F {self.folder / 'ssh_config'}"),
             *("--map-by", ":OVERSUBSCRIBE", "--bind-to", "none", "-n", str(sum(ranks)), *forwarded),
@@ -185,7 +185,7 @@ def _plug_in(host: Host, switch: str) -> None:
         _run("ip", "-n", host.namespace, *words)
 
 
-def _enter(host: Host) -> list[str]:
+def enter(host: Host) -> list[str]:
     """The words before a command that is to run on a host."""
     return ["ip", "netns", "exec", host.namespace, *_named(host.name)]
 
@@ -201,7 +201,8 @@ def _write_ssh_files(folder: Path) -> None:
         f"IdentityFile {folder / 'key'}\nIdentitiesOnly yes\nUserKnownHostsFile /dev/null\n"
         "StrictHostKeyChecking no\nLogLevel ERROR\nConnectTimeout 5\nBatchMode yes\n"
         # mpirun learns by it that a host is gone; without, it would wait for TCP to give up, a quarter of an hour.
-        "ServerAliveInterval 2\nServerAliveCountMax 2\n"
+        # It ends the ranks then, which are to find it out themselves before.
+        "ServerAliveInterval 3\nServerAliveCountMax 2\n"
     )
 
 

@@ -29,7 +29,10 @@ def test_what_was_sent_and_what_is_left_is_what_was_to_be_sent(run_ranks, tmp_pa
                 assert left["float32_bytes"] > least_ratio * left["sent_bytes"], name
 
 
-def write_job(folder: Path, wire_format: str | dict, epochs: int = 6, more: dict | None = None) -> Path:
+def write_job(
+    folder: Path, wire_format: str | dict, epochs: int = 6, by: str = "all_reduce", **settings: object
+) -> Path:
+    """`by`: of which exchange the wire format and the `settings` are."""
     job = {
         "name": "digits",
         "data": {"train": {"built_in": "digits"}, "validation_fraction": 0.2, "scale": 0.0625},
@@ -37,9 +40,9 @@ def write_job(folder: Path, wire_format: str | dict, epochs: int = 6, more: dict
         "loss": "softmax_cross_entropy",
         "optimizer": {"momentum": {"learning_rate": 0.05}},
         "training": {"epochs": epochs, "batch_size": 32, "seed": 1, "keep_checkpoints": 10},
-        "sync": {"all_reduce": {"wire_format": wire_format, **(more or {})}},
+        "sync": {by: {"wire_format": wire_format, **settings}},
     }
-    path = folder / f"{name_of(wire_format)}.json"
+    path = folder / f"{by}-{name_of(wire_format)}.json"
     path.write_text(json.dumps(job))
     return path
 

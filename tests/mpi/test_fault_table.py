@@ -11,130 +11,144 @@ Print the table with
 
 import re
 import socket
+from collections.abc import Iterator
 
 import pytest
 
 from tests.mpi import jobs
-from tests.mpi.fault_rows import OUTCOMES, PHASES, STEPS_AN_EPOCH, run_row
-from tests.mpi.jobs import EPOCHS
+from tests.mpi.fault_rows import EPOCHS, STEPS_AN_EPOCH, WAYS, Fault, Row, Rows, run_rows
 
-STALL_SECONDS = 1.0
-# Parameter servers update within the exchange.
-SYNCS = {"all_reduce": (3, "all_reduce"), "parameter_server": (2, {"parameter_server": {}})}
-# A server that dies needs about a second to come back, and has half the stall limit; where it stays away, that is
-# what the row takes.
-RETURNING, AWAY = 40.0, 5.0
 HOST = socket.gethostname()
-# When a rank is killed mpirun kills the others a quarter of a second later: on a busy machine that can be too short for
-# the one that is to say which rank is gone.
-KILLED_TRIES = 3
+END = EPOCHS * STEPS_AN_EPOCH
+
+# Which rank is at fault: in a checkpoint the one that writes it. And the step in which it is.
+PHASES = {
+    "data": (1, STEPS_AN_EPOCH + 1),
+    "forward": (1, STEPS_AN_EPOCH + 1),
+    "backward": (0, STEPS_AN_EPOCH + 1),
+    "exchange": (1, STEPS_AN_EPOCH + 1),
+    "update": (1, STEPS_AN_EPOCH + 1),
+    "evaluate": (1, 2 * STEPS_AN_EPOCH),
+    "checkpoint": (0, 2 * STEPS_AN_EPOCH),
+}
+# What is said behind the place.
+OUTCOMES = {
+    "raise": "internal error: ValueError: out of cheese",
+    "kill": "killed by a signal",
+    "stop": "no progress for",
+}
+
+# Where there are servers they update. Where each rank is a worker of its own, a server sees first that one is gone; and
+# of three ranks that share no memory one of two is to speak.
+RANK_FAULTS = [
+    Fault(what, phase, way, rank)
+    for what in OUTCOMES
+    for way in ("all_reduce", "one_server")
+    for phase, (rank, _) in PHASES.items()
+    if (phase, way) != ("update", "one_server")
+] + [
+    *(Fault(what, "forward", "apart", 2) for what in ("kill", "stop")),
+    *(Fault("kill", phase, way, 1) for way in ("asynchronous", "reproducible") for phase in ("forward", "exchange")),
+]
+
+KILLED_SERVERS = [
+    *(Fault("kill_server", phase, "one_server") for phase in ("data", "backward", "evaluate")),
+    *(Fault("kill_server", phase, "servers") for phase in ("forward", "exchange", "update", "checkpoint")),
+    # Behind the last step: what the servers lose then, nobody would meet in another.
+    *(Fault("kill_server", "pull", way, epochs=2) for way in ("bounded", "asynchronous", "lossy")),
+]
+
+# Who stays away or stands still is named by whom waits for it next: in which step and phase.
+EXCHANGE, BEHIND = "step 6 (epoch 2), phase exchange", "step 11 (epoch 3), phase exchange"
+STOPPED_SERVERS = {
+    Fault("stop_server", "data", "asynchronous"): EXCHANGE,
+    Fault("stop_server", "forward", "servers"): EXCHANGE,
+    Fault("stop_server", "backward", "one_server"): EXCHANGE,
+    Fault("stop_server", "exchange", "servers"): EXCHANGE,
+    Fault("stop_server", "update", "servers"): EXCHANGE,
+    Fault("stop_server", "evaluate", "servers"): "step 10 (epoch 2), phase checkpoint",
+    Fault("stop_server", "checkpoint", "servers"): BEHIND,
+}
+CANNOT = "/no/such/python cannot be started"
+LOST_SERVERS = {
+    Fault("kill_server_for_good", "forward", "servers"): (r"step \d+", "(1 of 3 times)"),
+    Fault("lose_server", "data", "servers"): ("step 6", CANNOT),
+    Fault("lose_server", "forward", "one_server"): ("step 6", CANNOT),
+    Fault("lose_server", "backward", "servers"): ("step 6", CANNOT),
+    Fault("lose_server", "exchange", "asynchronous"): (r"step \d+", CANNOT),
+    Fault("lose_server", "update", "servers"): ("step 6", CANNOT),
+    Fault("lose_server", "evaluate", "servers"): ("pull", CANNOT),
+    Fault("lose_server", "checkpoint", "servers"): ("step 11", CANNOT),
+}
 
 
-@pytest.mark.parametrize(
-    ("sync", "phase"), [(s, p) for s in SYNCS for p in PHASES if (s, p) != ("parameter_server", "update")]
-)
-@pytest.mark.parametrize("outcome", OUTCOMES)
-def test_a_fault_in_a_phase_ends_the_job_and_is_named(run_ranks, tmp_path, outcome, phase, sync) -> None:
-    ranks, asked = SYNCS[sync]
-    rank, step = PHASES[phase]
-    for attempt in range(KILLED_TRIES if outcome == "kill" else 1):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        row = run_row(run_ranks, folder, (outcome, phase, rank), ranks, (STALL_SECONDS, STALL_SECONDS), asked)
-        if row.errors:
-            break
+@pytest.fixture(scope="module")
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Rows]:
+    """Those that are asked for."""
+    asked = [item.callspec.params["fault"] for item in request.session.items if item.path == request.path]
+    with run_rows(tmp_path_factory.mktemp("rows"), asked) as made:
+        yield made
+
+
+def tell(fault: Fault, row: Row, what: str) -> None:
+    victim = "server" if "server" in fault.what else "rank"
+    print(f"row {fault.way:12} {victim:6} {fault.what:20} {fault.phase:10} {row.seconds:5.1f} s  {what}")
+
+
+@pytest.mark.parametrize("fault", RANK_FAULTS, ids=str)
+def test_a_fault_in_a_phase_ends_the_job_and_is_named(rows, fault) -> None:
+    row, ranks, (_, step) = rows[fault], WAYS[fault.way].ranks, PHASES[fault.phase]
     assert len(row.errors) == 1, row.said
-    print(f"row {sync:16} rank   {outcome:6} {phase:10} {row.seconds:5.1f} s  {row.errors[0]}")
+    tell(fault, row, row.errors[0])
     assert row.code != 0
-    assert f"rank {rank} of {ranks} on {HOST}: " in row.errors[0]
-    assert f"step {step} (epoch 2), phase {phase}" in row.errors[0]
-    assert OUTCOMES[outcome] in row.errors[0]
+    assert f"rank {fault.rank} of {ranks} on {HOST}: " in row.errors[0]
+    assert f"step {step} (epoch 2), phase {fault.phase}" in row.errors[0]
+    assert OUTCOMES[fault.what] in row.errors[0]
     # mpirun lets a stopped rank run on before it ends it: then the second checkpoint may become complete.
     whole = [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH]
-    assert row.checkpoints == whole[:1] or (outcome, row.checkpoints) == ("stop", whole)
+    assert row.checkpoints == whole[:1] or (fault.what, row.checkpoints) == ("stop", whole)
     assert (row.started, row.running) == (ranks, [])
 
 
-@pytest.mark.parametrize(
-    ("phase", "servers"),
-    [("data", 1), ("forward", 2), ("backward", 1), ("exchange", 2), ("evaluate", 1), ("checkpoint", 2)],
-)
-def test_a_server_killed_in_a_phase_comes_back_and_the_job_ends_well(run_ranks, tmp_path, phase, servers) -> None:
-    sync = {"parameter_server": {"servers": servers, "snapshot_steps": 2}}
-    row = run_row(run_ranks, tmp_path, ("kill_server", phase, 0), 2, (RETURNING, RETURNING), sync)
+@pytest.mark.parametrize("fault", KILLED_SERVERS, ids=str)
+def test_a_server_killed_in_a_phase_comes_back_and_the_job_ends_well(rows, fault) -> None:
+    row, way = rows[fault], WAYS[fault.way]
     assert row.code == 0, row.said
-    [back] = re.findall(r"^parameter server \S+ is back at step \d+: .* (\d+) steps are lost$", row.said, re.M)
-    print(f"row parameter_server server kill   {phase:10} {row.seconds:5.1f} s  {servers} servers, {back} steps lost")
+    back = re.findall(r"^parameter server \S+ is back at step \d+: .* (\d+) steps are lost$", row.said, re.M)
+    workers = way.ranks if fault.way in ("bounded", "asynchronous") else 1
+    assert len(back) == workers, row.said  # each of whom says it
+    tell(fault, row, f"{back[0]} steps lost")
     assert "ended with code -9; it is started again from its last snapshot (1 of 3 times)" in row.said
     told = jobs.summary(row.output)
-    assert (told["exchange"]["shard_restarts"], told["exchange"]["steps_lost"]) == (1, int(back))
-    assert told["steps"] == EPOCHS * STEPS_AN_EPOCH
+    assert [told["exchange"]["shard_restarts"], told["exchange"]["steps_lost"]] == [1, int(back[0])]
+    assert told["steps"] == fault.epochs * STEPS_AN_EPOCH
     assert row.running == []
 
 
-@pytest.mark.parametrize(
-    ("what", "phase", "mode", "place", "words"),
-    [
-        ("kill_server_for_good", "forward", "synchronous", "step ", "(1 of 3 times)"),
-        ("lose_server", "backward", "synchronous", "step 6: ", "/no/such/python cannot be started"),
-        ("lose_server", "evaluate", "synchronous", "pull: ", "/no/such/python cannot be started"),
-        ("lose_server", "exchange", "asynchronous", "step ", "/no/such/python cannot be started"),
-    ],
-)
-def test_a_server_that_stays_away_ends_the_job_in_one_line(
-    run_ranks, tmp_path, what, phase, mode, place, words
-) -> None:
-    sync = {"parameter_server": {"servers": 2, "mode": mode}}
-    row = run_row(run_ranks, tmp_path, (what, phase, 0), 2, (AWAY, AWAY), sync)
+@pytest.mark.parametrize("fault", LOST_SERVERS, ids=str)
+def test_a_server_that_stays_away_ends_the_job_in_one_line(rows, fault) -> None:
+    row, (place, words) = rows[fault], LOST_SERVERS[fault]
     # A server that is being started when the job ends may still say that its files are gone.
     errors = [line for line in row.errors if "cannot be read: No such file" not in line]
     assert errors, row.said
-    print(f"row parameter_server server {what} {phase:10} {row.seconds:5.1f} s  {errors[0]}")
+    tell(fault, row, errors[0])
     assert row.code != 0
-    assert len(errors) == 1 or mode == "asynchronous"  # where each rank meets it on its own
+    assert len(errors) == 1 or fault.way == "asynchronous"  # where each rank meets it on its own
     for line in errors:
-        assert re.search(
-            rf"parameter server \S+ \(\d of 2\), {place}.*it is gone and did not come back within 2.5 s", line
-        )
+        assert re.search(rf"parameter server \S+ \(\d of \d\), {place}: it is gone and did not come back within", line)
     assert words in row.said
-    assert row.checkpoints == [STEPS_AN_EPOCH]
+    assert row.checkpoints == [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH][: 1 + (fault.phase == "checkpoint")]
     assert row.running == []
 
 
-@pytest.mark.parametrize(
-    ("phase", "mode", "place"),
-    [
-        ("exchange", "synchronous", "step 6 (epoch 2), phase exchange"),
-        ("data", "asynchronous", "step 6 (epoch 2), phase exchange"),
-        ("evaluate", "synchronous", "step 10 (epoch 2), phase checkpoint"),
-    ],
-)
-def test_a_server_that_stands_still_is_named_by_who_waits_for_it(run_ranks, tmp_path, phase, mode, place) -> None:
-    sync = {"parameter_server": {"servers": 2, "mode": mode}}
-    row = run_row(run_ranks, tmp_path, ("stop_server", phase, 0), 2, (2 * STALL_SECONDS, 2 * STALL_SECONDS), sync)
+@pytest.mark.parametrize("fault", STOPPED_SERVERS, ids=str)
+def test_a_server_that_stands_still_is_named_by_who_waits_for_it(rows, fault) -> None:
+    row, place = rows[fault], STOPPED_SERVERS[fault]
     assert row.errors, row.said
-    print(f"row parameter_server server stop   {phase:10} {row.seconds:5.1f} s  {row.errors[0]}")
+    tell(fault, row, row.errors[0])
     assert row.code != 0
     for line in row.errors:  # of asynchronous ranks each waits on its own
         assert re.search(rf"rank \d of 2 on {HOST}: no progress for \d s in {re.escape(place)}; waits for", line)
-        assert re.search(r"waits for parameter server \S+ \(\d of 2\): it is stopped or overloaded", line)
-    assert row.checkpoints == [STEPS_AN_EPOCH]
-    assert row.running == []
-
-
-@pytest.mark.parametrize("outcome", ["kill", "stop"])
-def test_where_no_weights_are_shared_a_rank_is_named_all_the_same(run_ranks, tmp_path, outcome) -> None:
-    sync = {"all_reduce": {"shared_memory": False}}
-    for attempt in range(KILLED_TRIES if outcome == "kill" else 1):
-        folder = tmp_path / str(attempt)
-        folder.mkdir()
-        row = run_row(run_ranks, folder, (outcome, "forward", 2), 3, (STALL_SECONDS, STALL_SECONDS), sync)
-        if row.errors:
-            break
-    assert len(row.errors) == 1, row.said
-    print(f"row all_reduce apart rank   {outcome:6} forward    {row.seconds:5.1f} s  {row.errors[0]}")
-    assert f"rank 2 of 3 on {HOST}: " in row.errors[0]
-    assert "step 6 (epoch 2), phase forward" in row.errors[0]
-    assert OUTCOMES[outcome] in row.errors[0]
-    assert row.code != 0
+        assert re.search(r"waits for parameter server \S+ \(\d of \d\): it is stopped or overloaded", line)
+    assert row.checkpoints == [STEPS_AN_EPOCH, 2 * STEPS_AN_EPOCH][: 1 + (fault.phase == "checkpoint")]
     assert row.running == []

@@ -131,6 +131,7 @@ def test_with_guests_that_stay_or_leave_the_weights_are_those_of_one_rank_alone(
     assert "dropped" not in log
     told = summary(run.output)
     assert (told["steps"], told["samples"], told["exchange"]["guests"]) == (STEPS, 162 * TRAINING["epochs"], 2)
+    assert (told["exchange"]["guests_dropped"], told["exchange"]["samples_missed"]) == (0, 0)
     assert not (run.output / "guests.json").exists()
 
 
@@ -151,7 +152,7 @@ def test_a_guest_killed_and_one_stopped_are_dropped_and_the_job_ends_well(start,
     log = run.job.end()
     assert log.count("was dropped") == 2
     told = summary(run.output)
-    assert told["steps"] == STEPS
+    assert (told["steps"], told["exchange"]["guests_dropped"]) == (STEPS, 2)
     assert math.isfinite(told["train_loss"])
     assert math.isfinite(told["validation_loss"])
 

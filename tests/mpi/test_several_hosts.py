@@ -2,6 +2,7 @@
 
 import re
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from os import kill
@@ -10,9 +11,10 @@ from pathlib import Path
 import pytest
 from safetensors.numpy import load_file
 
-from tests.mpi.hosts import Hosts, make_hosts, why_not
+from tests.mpi.hosts import Hosts, enter, make_hosts, why_not
 from tests.mpi.jobs import assert_close, metrics, summary, train, write_data, write_job
 from tests.mpi.mpirun import error_lines
+from tests.mpi.test_guests import Program
 from worker.checkpoint import list_checkpoints, read_checkpoint
 
 STALL_SECONDS = 3.0
@@ -52,6 +54,34 @@ def test_parameter_servers_on_two_hosts_are_reached_by_all_and_train_as_one_rank
     assert_close(load_file(tmp_path / "out" / "model.safetensors"), reference)
 
 
+def test_a_guest_on_another_host_takes_part_and_the_weights_are_those_of_one_rank_alone(
+    hosts, run_ranks, tmp_path
+) -> None:
+    terms = {"optimizer": "sgd", "training": {"epochs": 20}}
+    data = write_data(tmp_path / "toy.npz")
+    reference = train(run_ranks, 1, write_job(tmp_path, data, **terms), tmp_path / "alone")
+    job = write_job(tmp_path, data, sync={"parameter_server": {"servers": 2, "guests": True}}, **terms)
+    out, worker = tmp_path / "out", [sys.executable, "-m", "worker"]
+    programs = []
+    try:
+        programs.append(Program([*enter(hosts[0]), *worker, "train", str(job), "-o", str(out)], tmp_path / "job.log"))
+        programs[0].wait_for(rf"guests may come: paceline-worker join {re.escape(hosts[0].address)}:\d+ ")
+        programs[0].signal(signal.SIGSTOP)  # until the guest is there
+        programs.append(Program([*enter(hosts[1]), *worker, "join", str(out)], tmp_path / "guest.log"))
+        programs[1].wait_for(r"joined as guest 1")
+        programs[0].signal(signal.SIGCONT)
+        programs[0].end()
+        steps = int(re.search(r"(\d+) steps done here", programs[1].end())[1])
+    finally:
+        for program in programs:
+            if program.process.poll() is None:
+                program.process.kill()
+                program.process.wait(20)
+    assert 0 < steps < 100
+    assert summary(out)["exchange"]["guests"] == 1
+    assert_close(load_file(out / "model.safetensors"), reference)
+
+
 def test_a_host_with_too_little_shared_memory_says_so_and_trains_on(run_ranks, tmp_path) -> None:
     if reason := why_not():
         pytest.skip(reason)
@@ -87,10 +117,12 @@ def test_a_host_that_fails_ends_the_run_in_time_and_leaves_its_checkpoints(tmp_p
         assert time.monotonic() - began < ENDS_WITHIN_SECONDS
     assert run.returncode != 0
     assert "Traceback" not in errors
-    # That a process died mpirun itself says. A stopped rank its neighbour knows; of a host only its ranks are known.
+    # That a process died mpirun itself says. A stopped rank its neighbour knows; of a host is known what it last sent.
     said = {
         "stopped": r"error: rank [23] of 4 on host2: no progress for \d+ s in step \d+ ",
-        "unplugged": r"error: rank [01] of 4 on host1: no progress for \d+ s .*; waits for rank 2, 3 on host2: ",
+        "unplugged": r"error: rank [01] of 4 on host1: no progress for \d+ s .*; waits for "
+        r"rank 2 on host2 \(heard of \d+ s ago in step \d+ \(epoch \d+\), phase \w+\) or "
+        r"rank 3 on host2 \(heard of \d+ s ago in step \d+ \(epoch \d+\), phase \w+\): ",
     }
     if fault in said:
         assert any(re.match(said[fault], line) for line in error_lines(errors)), errors
@@ -99,9 +131,9 @@ def test_a_host_that_fails_ends_the_run_in_time_and_leaves_its_checkpoints(tmp_p
 
 
 def await_steps(out: Path, run) -> None:
-    """Until the second report is there: ranks are in the midst of steps."""
+    """Until ranks are in the midst of steps, for as long as hosts need to hear of each other."""
     deadline = time.monotonic() + 30
-    while not (out / "metrics.jsonl").exists() or len(metrics(out)) < 2:
+    while not (out / "metrics.jsonl").exists() or not (lines := metrics(out)) or lines[-1]["wall_seconds"] < 2:
         assert run.poll() is None, run.communicate()
         assert time.monotonic() < deadline, "no report within 30 s"
         time.sleep(0.05)

@@ -9,7 +9,7 @@ import pytest
 
 from protos.job_file import parse_job, to_dict
 from tests.benchmarks.cases import CASES, Case
-from tests.benchmarks.contenders import CONTENDERS, PEERS, Run, job, peer
+from tests.benchmarks.contenders import CONTENDERS, PEERS, Run, job, paceline, peer
 from tests.benchmarks.data_set import write_data
 from tests.benchmarks.measurement import (
     ENVIRONMENT,
@@ -28,6 +28,16 @@ MEGABYTE = 1_000_000
 
 def make_run(folder: Path, case: Case = CASES[0], python: str = sys.executable) -> Run:
     return Run(case, 3, write_data(folder, case.shortened()), folder, Path(python))
+
+
+def test_two_ranks_of_ours_are_measured_and_leave_no_folder_behind(tmp_path, monkeypatch) -> None:
+    temporary = tmp_path / "temporary"
+    temporary.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(temporary))
+    (tmp_path / "run").mkdir()
+    measured = paceline(2, "all_reduce")(make_run(tmp_path / "run"))
+    assert measured.samples_per_second > 0
+    assert list(temporary.iterdir()) == []
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)

@@ -81,7 +81,8 @@ def plan(job: job_pb2.JobSpec, cluster: Cluster, measured: Path | None, as_json:
         )
     wires = measure_formats(job, prepared.model.slots, cluster.ranks_per_node)
     predictions = [
-        predict(machine, work, cluster, choice, PRACTICE) for choice in offers(job.sync, cluster.nodes, wires)
+        predict(machine, work, cluster, choice, PRACTICE)
+        for choice in offers(job, cluster.nodes, wires, work.epoch_steps)
     ]
     alone = one_node(machine, work, cluster)
     recommendation = recommend(predictions, alone, cluster.nodes)

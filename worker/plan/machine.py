@@ -66,6 +66,7 @@ class Workload:
     micro_batch: int  # 0: a rank takes its share at once
     state_arrays: int  # arrays of `parameters` elements that the optimizer remembers
     buffer_bytes: int  # that a rank holds for each sample it takes at once
+    epoch_steps: int  # after which ranks that train apart meet in any case
 
     @property
     def gradient_bytes(self) -> int:

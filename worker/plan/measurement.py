@@ -26,7 +26,7 @@ from protos import job_pb2
 from protos.job_file import to_yaml
 from worker.checkpoint import Checkpoint, write_checkpoint
 from worker.data.ahead import open_reader
-from worker.data.sharding import sample_order
+from worker.data.sharding import sample_order, steps_per_epoch
 from worker.data.stores import fetch_all
 from worker.engine.layers.layer import Moment
 from worker.optimizers import CHUNK_ELEMENTS
@@ -86,6 +86,7 @@ def workload(job: job_pb2.JobSpec, prepared: Prepared) -> Workload:
         micro_batch=job.training.micro_batch,
         state_arrays=len(make_update(job).init(0, np.float32)),
         buffer_bytes=4 * values,
+        epoch_steps=steps_per_epoch(samples, job.training.batch_size),
     )
 
 
@@ -191,6 +192,7 @@ def _round_trip_seconds(job: job_pb2.JobSpec, elements: int) -> float:
     plain.CopyFrom(job)
     if plain.sync.HasField("parameter_server"):
         plain.sync.parameter_server.ClearField("wire_format")  # coding is measured by itself
+    plain.training.reproducible = False  # or virtual shards would be pushed one by one
     # Imported here, as everywhere: gRPC takes a tenth of a second.
     from worker.server.process import start_server_process
     from worker.sync.parameter_server import ParameterServerExchange

@@ -56,7 +56,7 @@ def predict(machine: Machine, work: Workload, cluster: Cluster, choice: Choice, 
     fences = 2 * machine.fence_seconds if slices > 1 else 0.0
     if choice.kind == "local":
         between = all_reduce(machine, cluster, size)
-        rounds = 1 / choice.steps
+        rounds = -(-work.epoch_steps // choice.steps) / work.epoch_steps  # they meet when an epoch ends, too
         return Prediction(
             choice,
             gradient_seconds + update_seconds * (1 + rounds),

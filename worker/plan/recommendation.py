@@ -1,8 +1,8 @@
 """Which choice to take, and why, in one sentence.
 
-Rules: pure. What changes less is preferred while it is within a tenth: exact exchange before lossy wire formats, and
-both before local steps, which are taken only where all else leaves the step mostly exchange. Among equals the first
-offered wins.
+Rules: pure. What changes less is preferred while it is within a tenth: exact exchange, or one node, before lossy wire
+formats, and all before local steps, which are taken only where all else leaves the step mostly exchange. Among equals
+the first offered wins.
 """
 
 from __future__ import annotations
@@ -39,26 +39,27 @@ def recommend(predictions: Sequence[Prediction], alone: Prediction, nodes: int) 
     exact = fastest(predictions, Change.NOTHING) or plain
     lossy = fastest(predictions, Change.ROUNDING)
     local = fastest(predictions, Change.COURSE)
-    best = exact
+    best = alone if nodes > 1 and alone.step_seconds <= exact.step_seconds else exact
     if lossy is not None and best.step_seconds > TOLERANCE * lossy.step_seconds:
         best = lossy
     left = 1 - best.compute_seconds / best.step_seconds
     if local is not None and left > MOSTLY and best.step_seconds > TOLERANCE * local.step_seconds:
         best = local
 
-    if nodes > 1 and alone.step_seconds <= best.step_seconds:
-        ratio = _times(best.step_seconds / alone.step_seconds)
-        return Recommendation(
-            alone,
-            f"one node: {nodes} nodes take {ratio} its time a step even with {best.choice.name}; "
-            "a larger batch_size gives each exchange more to compute",
-        )
-    share = 1 - plain.compute_seconds / plain.step_seconds
     beyond = ""
-    if local is not None and best.choice.change is not Change.COURSE:
-        gain = plain.step_seconds / local.step_seconds
-        if best.step_seconds > TOLERANCE * local.step_seconds:
-            beyond = f" ({local.choice.name} would bring {_times(gain)} but change the result)"
+    if local is not None and best is not local and best.step_seconds > TOLERANCE * local.step_seconds:
+        gain = (alone if best is alone else plain).step_seconds / local.step_seconds
+        beyond = f" ({local.choice.name} would bring {_times(gain)} but change the result)"
+    if best is alone:
+        quickest = min((one for one in (exact, lossy) if one is not None), key=lambda one: one.step_seconds)
+        if alone.step_seconds <= quickest.step_seconds:
+            ratio = _times(quickest.step_seconds / alone.step_seconds)
+            told = f"{nodes} nodes take {ratio} its time a step even with {quickest.choice.name}"
+        else:
+            told = f"{quickest.choice.name} on {nodes} nodes is not faster by a tenth"
+        remedy = "a larger batch_size gives each exchange more to compute"
+        return Recommendation(alone, f"one node: {told}{beyond}; {remedy}")
+    share = 1 - plain.compute_seconds / plain.step_seconds
     if best is plain:
         kept = "shortens" if not beyond else "that keeps the result shortens"
         return Recommendation(

@@ -61,6 +61,7 @@ class Members:
         self.joined: set[int] = set()  # of the founding workers
         self.left: dict[int, int] = {}  # founding worker -> the last step before it left
         self.guests: dict[int, Guest] = {}
+        self.dropped = 0  # guests, so far
         self._gone: dict[int, str] = {}  # guest -> what it is told should it push again
         self._next = setup.workers
         self.news: list[News] = []
@@ -167,6 +168,7 @@ class Members:
             return
         line = f"guest {number} was dropped in step {step}: {why}"
         self._gone[number] = f"{line}; join again"
+        self.dropped += 1
         self.news.append(News(line, dropped=number))
 
     def part(self, number: int, step: int) -> None:

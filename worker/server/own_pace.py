@@ -100,7 +100,7 @@ class OwnPace:
         """The totals are the workers' newest, scaled to the whole batch."""
         answer = Answer((worker,), chunk.clocks.done[worker], chunk.offset, chunk.parameters, (), staleness)
         if chunk.offset == 0:
-            answer = answer._replace(guests=self._members.staying)
+            answer = answer._replace(guests=self._members.staying, dropped_guests=self._members.dropped)
         if chunk.offset != self._setup.start or worker not in self._newest:
             return answer
         newest, size = self._newest.values(), len(self._newest[worker].totals)

@@ -62,6 +62,7 @@ class Answer(NamedTuple):
     totals: tuple[float, ...]  # over all workers; on the chunk at the shard's start only
     staleness: float = 0.0  # of the push, in steps
     guests: tuple[int, ...] = ()  # that the next batch is to be cut for; on the chunk at 0 only
+    dropped_guests: int = 0  # so far; on the chunk at 0 only
     samples: int = 0  # that the totals are of; on the chunk at the shard's start only
     again: bool = False  # for a repeated push, of whose step others have had the answer
 

@@ -204,7 +204,7 @@ class ParameterServer:
             for start, stop in chunk_bounds(begin, shard.setup.stop, shard.setup.chunk_elements):
                 if shard.version != version and not at_once:
                     await context.abort(grpc.StatusCode.ABORTED, f"step {step + 1} began during the pull")
-                head = pb.PullResponse(name=name, offset=start, step=step)
+                head = pb.PullResponse(name=name, offset=start, step=step, awaits_workers=shard.awaits_workers)
                 yield encode(head, DATA, array[start - begin : stop - begin])
         if self._snapshots and request.state:
             self._snapshots.take()
@@ -282,7 +282,7 @@ class ParameterServer:
                 continue
             reply = pb.ExchangeResponse(
                 step=answer.step, offset=answer.offset, totals=answer.totals, staleness=answer.staleness,
-                guests=answer.guests, samples=answer.samples,
+                guests=answer.guests, samples=answer.samples, dropped_guests=answer.dropped_guests,
             )  # fmt: skip
             weights = self._wire.answer(answer, reply) if self._wire else answer.weights
             data = encode(reply, WEIGHTS, weights)

@@ -364,4 +364,6 @@ class Shard:
         answer = Answer(workers, chunk.step, chunk.offset, chunk.parameters, ())
         if chunk.offset == self.setup.start:
             answer = answer._replace(totals=self._totals, samples=self._samples)
-        return answer._replace(guests=self._guests) if chunk.offset == 0 else answer
+        if chunk.offset == 0:
+            answer = answer._replace(guests=self._guests, dropped_guests=self.members.dropped)
+        return answer

@@ -59,7 +59,7 @@ class ExchangeStream:
         self._threads.put(threading.current_thread())
 
 
-def lost(error: Exception) -> bool:
+def lost(error: BaseException | None) -> bool:
     """Whether the server's process may be gone, which is another thing than a request it refuses."""
     return isinstance(error, grpc.Call) and error.code() is grpc.StatusCode.UNAVAILABLE
 

@@ -197,14 +197,6 @@ class GuestExchange(ParameterServerExchange):
         except TrainingFault as fault:
             self._leave_others(fault)
 
-    def _say_leave(self) -> None:
-        request = pb.LeaveRequest(worker=self._worker, generation=self._generation)
-        for server in self._servers:
-            try:
-                server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
-            except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
-
     def _own_share(self, samples: int, guests: int) -> int:
         place, of = self.place
         return samples_of([place], samples, of)

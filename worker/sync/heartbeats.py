@@ -1,21 +1,28 @@
 """The beats of the ranks of one machine, in memory they share, and the sentences that say who is late or gone.
 
 Rules: nothing here waits for another rank but `open` and `close`, which are collective; what is read may be read at any
-time, from any thread. Of ranks on other machines only host and number are known: when all ranks here are equally far,
-one of those is late.
+time, from any thread. Of ranks on other machines is known what distant_beats.py has heard, if anything: when all ranks
+here are equally far, one of those is late.
 """
 
 from __future__ import annotations
 
-import os
-from time import monotonic
+import threading
+from collections.abc import Callable
+from time import monotonic, sleep
 from typing import NamedTuple
 
 import numpy as np
 
 from worker.beat import FIELDS, Seen, late, read
+from worker.processes import has_ended
+from worker.sync.distant_beats import DistantBeats
 from worker.sync.node import Node, shared_memory_shortage
 from worker.sync.world import World
+
+DEATH_SECONDS = 0.2  # from the end of a rank's connections until its process counts as ended, on a busy machine
+LOOK_SECONDS = 0.01
+PATIENT_TURNS = 4  # that a rank waits which does not know who is late, where another may wait for a server
 
 
 class Accusation(NamedTuple):
@@ -35,6 +42,7 @@ class Heartbeats:
 
     def __init__(self, world: World) -> None:
         self._world = world
+        self._telling = threading.Lock()  # the main thread may learn of a death, and the one that hears signals
         needed = world.node_comm.Get_size() * FIELDS * np.dtype(np.float64).itemsize
         readable = shared_memory_shortage(needed) is None
         self._node: Node | None = None
@@ -52,13 +60,23 @@ class Heartbeats:
         for rank, (host, _) in enumerate(everyone):
             if rank not in here:
                 self._elsewhere.setdefault(host, []).append(rank)
+        self._distant: DistantBeats | None = None
+        if any(world.gather_everywhere(bool(self._elsewhere))) and self._node:
+            self._distant = DistantBeats(world, self._node, self._segments)
+        self._hosts = [host for host, _ in everyone]
 
     def seen(self) -> list[Seen]:
         """All ranks whose beats can be read, lowest first."""
         return [read(segment) for segment in self._segments]
 
+    def look(self) -> None:
+        """Now and then, from one thread: tell other machines, and hear of them."""
+        if self._distant:
+            self._distant.exchange()
+
     def accuse(self, limit_seconds: float) -> Accusation:
-        """Who holds up this rank, which has waited for `limit_seconds` or more."""
+        """Who holds up this rank, which has waited for `limit_seconds` or more. From the thread that looks."""
+        self.look()
         now = monotonic()
         seen = [one for one in self.seen() if not one.left]
         guilty = late(seen, now, limit_seconds / 2, bool(self._elsewhere)) if seen else []
@@ -72,12 +90,30 @@ class Heartbeats:
         awaits = self._world.awaits
         awaited = awaits() if awaits else ""
         if not self._elsewhere and not awaited:
-            return Accusation((), int(not lowest) + (awaits is not None))
-        others = [f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items()]
+            return Accusation((), int(not lowest) + (PATIENT_TURNS if awaits is not None else 0))
+        distant = self._late_elsewhere(seen, now, limit_seconds / 2)
+        others = [self._heard_of(one, now) for one in distant]
+        others = others or [f"rank {_numbers(ranks)} on {host}" for host, ranks in self._elsewhere.items()]
         there = " or ".join([awaited, *others] if awaited else others)
         here = self._world.beat.seen()
         line = f"{_stuck(self._who(here), here, now)}; waits for {there}: {remedy}"
-        return Accusation((line,), 0 if not others else 1 if lowest else 2)
+        first = not others or self._are_mute(distant, now, limit_seconds / 2)  # else they may know better
+        return Accusation((line,), (0 if first else 1) + (0 if lowest or not others else 1))
+
+    def _late_elsewhere(self, here: list[Seen], now: float, silent_seconds: float) -> list[Seen]:
+        """Those of the ranks of other machines that are late by what was heard of them."""
+        there = [one for one in self._distant.seen() if not one.left] if self._distant else []
+        guilty = late([*here, *there], now, silent_seconds, has_peers=True) if there else []
+        return [one for one in guilty if one in there]
+
+    def _are_mute(self, guilty: list[Seen], now: float, silent_seconds: float) -> bool:
+        """Whether nothing is heard of their whole machines, so that nobody there can say more."""
+        hosts = {self._hosts[one.rank] for one in guilty}
+        seen = self._distant.seen() if self._distant else []
+        return bool(hosts) and all(now - one.alive > silent_seconds for one in seen if self._hosts[one.rank] in hosts)
+
+    def _heard_of(self, one: Seen, now: float) -> str:
+        return f"rank {one.rank} on {self._hosts[one.rank]} (heard of {now - one.alive:.0f} s ago in {one.place()})"
 
     def spoken(self) -> bool:
         """Whether a rank of this machine has said why the job ends."""
@@ -85,29 +121,55 @@ class Heartbeats:
 
     def dead(self) -> list[Seen]:
         """The ranks of this machine that ended without a word."""
-        return [one for one in self.seen() if not one.left and not os.path.exists(f"/proc/{one.process}")]
+        return [one for one in self.seen() if not one.left and has_ended(one.process)]
 
-    def gone(self) -> list[str]:
-        """A line for each rank of this machine that ended without a word, where this rank is to say it.
+    def tell_gone(self, say: Callable[[str], object], by_any: bool = False) -> None:
+        """A line to `say` for each rank of this machine that ended without a word, where this rank is to say it.
 
-        That is the lowest of those left.
+        That is the lowest of those left; `by_any`: whichever finds nothing said. No line is said twice by one rank, and
+        when this returns the lines are out, whichever thread says them.
         """
-        dead = self.dead()
-        ranks = {one.rank for one in dead}
-        if not dead or self._world.rank != min(one.rank for one in self.seen() if one.rank not in ranks):
-            return []
-        return [
-            f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names" for one in dead
-        ]
+        with self._telling:
+            dead = self.dead()
+            ranks = {one.rank for one in dead}
+            lowest = self._world.rank == min(one.rank for one in self.seen() if one.rank not in ranks)
+            if not dead or self.spoken() or not (lowest or by_any):
+                return
+            for one in dead:
+                say(f"{self._who(one)}: gone in {one.place()}; killed by a signal, which the launcher names")
+            self._world.beat.leave(spoken=True)
+
+    def tell_gone_behind_a_fault(self, say: Callable[[str], object]) -> bool:
+        """As `tell_gone`, for a fault that may come of another rank's end; whether it does, and all is said.
+
+        A server sees a connection end before the process has. Where the lowest of those left says nothing, this one
+        does. A rank that ended has perhaps said itself why.
+        """
+        if not _comes(lambda: self.spoken() or bool(self.dead())):
+            return False
+        self.tell_gone(say)
+        if not _comes(self.spoken):
+            self.tell_gone(say, by_any=True)
+        return True
 
     def close(self) -> None:
         """Give the shared memory back. Collective."""
+        if self._distant:
+            self._distant.close()
         self._world.beat.move(np.zeros(FIELDS))
         if self._node:
             self._node.close()
 
     def _who(self, one: Seen) -> str:
         return f"rank {one.rank} of {self._world.size} on {self._world.host}"
+
+
+def _comes(happens: Callable[[], bool]) -> bool:
+    """Whether it does within DEATH_SECONDS."""
+    deadline = monotonic() + DEATH_SECONDS
+    while not (there := happens()) and monotonic() < deadline:
+        sleep(LOOK_SECONDS)
+    return there
 
 
 def _stuck(who: str, one: Seen, now: float) -> str:

@@ -66,28 +66,28 @@ class ParameterServerExchange:
             lossy: the wire format, where it is not float32, and the residual to go on from.
             ranks: those that mpirun started; guests are told.
         """
-        self.sent_bytes = 0
-        self.received_bytes = 0
+        self.sent_bytes = self.received_bytes = 0
         self.wait_seconds = 0.0
         self.restarts = 0  # servers that were gone and came back
         self.steps_lost = 0  # by them, together
+        self.found_returned = False  # the last pull met one that has not met its workers again: `meet_again` is due
         self.staleness = Staleness()  # of this worker's pushes
         self._step = 0  # the last one done
         self._return_seconds = return_seconds
         self.workers = workers  # founding ones
         self._worker, self._generation = worker, generation
         self._who = f"worker {worker} of {workers}"
-        self._layout_digest = layout_digest
+        self._layout_digest, self._timeout_seconds = layout_digest, timeout_seconds
         self._parameters, self._totals = parameters, totals
         pushed_gradient, self._pushed_totals = pushed or (gradient, totals)
         self.wire = open_wire(lossy, pushed_gradient, parameters)
-        self._timeout_seconds = timeout_seconds
         self._servers = [Server(address, token) for address in addresses]
         self._own = [server for index, server in enumerate(self._servers) if pushes_to is None or index in pushes_to]
         self._share_of = share_of or (lambda samples, guests: samples_of([worker], samples, workers + guests))
         self._ranks = ranks
         self.guests: tuple[int, ...] = ()  # that the next batch is to be cut for, as the shard of element 0 tells
         self.samples = 0  # that the totals of the last step are of, as it tells
+        self.dropped_guests = self._dropped_before = 0  # so far; by that shard's earlier processes
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
         self._awaited: Server | None = None
@@ -117,7 +117,8 @@ class ParameterServerExchange:
         for server in self._own:
             self._next(server, "join", "its stream", began)
         if self._own:
-            self.wire.measure(lambda size: self._round_trip(self._own[0], size))
+            trial = "join", "its answer to a trial of the network"
+            self.wire.measure(lambda size: self._round_trip(self._own[0], size, *trial))
         self._expires = float("inf")
         self._step = steps.pop() if steps else 0
         return self._step
@@ -182,6 +183,7 @@ class ParameterServerExchange:
 
         Between two steps only. `publish`: this worker's next step begins with these weights (PullRequest).
         """
+        self.found_returned = False
         request = pb.PullRequest(state=state, publish=publish, worker=self._worker, generation=self._generation)
         arrays: dict[str, Float32] = {}
         steps = set()
@@ -207,6 +209,7 @@ class ParameterServerExchange:
             chunk = as_array(payload)
             array[head.offset : head.offset + len(chunk)] = chunk
             step = head.step
+            self.found_returned |= head.awaits_workers
         return step
 
     def _with_retries(self, server: Server, when: str, act: Callable[[], T]) -> T:
@@ -230,15 +233,37 @@ class ParameterServerExchange:
             if server not in self._own:
                 server.reconnect()
 
+    def meet_again(self) -> None:
+        """Between two steps: join those servers that died since the last one and came back, and count what they lost.
+
+        Such a server answers once all workers are here.
+        """
+        for server in self._own:
+            self._awaited = server
+            self._expires = time.monotonic() + self._timeout_seconds
+            try:
+                self._round_trip(server, 0, f"step {self._step}", "a sign of life")
+            except TrainingFault as fault:
+                if self._expired or not lost(fault.__cause__):
+                    raise
+                self._return_to(server, self._step, [])
+        self._awaited = None
+        self._expires = float("inf")
+
     def leave(self) -> None:
         """Say that this worker has made its last step, and close. A server may end once every worker has left."""
+        self._say_leave()
+        self.close()
+
+    def _say_leave(self) -> None:
+        """Tell the servers that this worker pushes no more; one that is gone knows it no longer."""
         request = pb.LeaveRequest(worker=self._worker, generation=self._generation)
         for server in self._own:
             try:
                 server.call("Leave", request, pb.LeaveResponse, JOIN_TIMEOUT_SECONDS)
             except grpc.RpcError as error:
-                raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
-        self.close()
+                if not lost(error):
+                    raise TrainingFault(f"parameter server {server.address}, leave: {words(error)}") from error
 
     def close(self) -> None:
         """Let go of the streams. Without `leave` before, the server takes this worker for lost and ends the others."""
@@ -248,12 +273,12 @@ class ParameterServerExchange:
         if self._watching.ident is not None:
             self._watching.join(END_SECONDS)
 
-    def _round_trip(self, server: Server, size: int) -> None:
+    def _round_trip(self, server: Server, size: int, when: str, what: str) -> None:
         """Send so many bytes that the server ignores, and wait for its answer."""
         began = time.perf_counter()
         request = pb.ExchangeRequest(worker=self._worker, generation=self._generation, padding=bytes(size))
         server.outgoing.put(request.SerializeToString())
-        self._next(server, "join", "its answer to a trial of the network", began)
+        self._next(server, when, what, began)
 
     def _requests(self, server: Server, outgoing: "queue.SimpleQueue[ChunkPush | bytes | None]") -> Iterator[bytes]:
         """What the stream sends; runs in gRPC's thread."""
@@ -300,6 +325,7 @@ class ParameterServerExchange:
                 self.staleness.see(head.staleness)
             if head.offset == 0:
                 self.guests, self.samples = tuple(head.guests), head.samples
+                self.dropped_guests = self._dropped_before + head.dropped_guests
                 if head.totals:
                     self._totals[:] = head.totals
 
@@ -322,6 +348,8 @@ class ParameterServerExchange:
         self._expires = time.monotonic() + self._timeout_seconds
         lost_steps = max(0, response.step - response.restored_step)
         self.restarts += 1
+        if server.range.start == 0:
+            self._dropped_before = self.dropped_guests
         self.steps_lost += lost_steps
         print(
             f"parameter server {server.address} is back at step {step}: elements {server.range.start} to "

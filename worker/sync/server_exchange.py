@@ -14,10 +14,10 @@ ranks through shared memory, so that all cut alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from time import perf_counter
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -45,6 +45,8 @@ SUM_ELEMENTS = 1 << 15  # added up at a time, so that they stay in cache
 FAULT_BYTES = 2048
 STOP = TOTALS.index("stop")
 REQUESTS = slice(TOTALS.index("report"), len(TOTALS))
+
+T = TypeVar("T")
 
 
 class ServerExchange:
@@ -87,6 +89,7 @@ class ServerExchange:
         # By rank 0 of the node, who pushes element 0: samples of the step, how many guests the next has, their numbers.
         self._next_guests = node.shared(2 + MOST_GUESTS, np.int64)
         self._seen_guests: set[int] = set()
+        self._samples_missed = 0  # of batches cut for guests that were dropped within the step
         self._slice = slice_bounds(count, node.size)[node.rank]
         self._world = world
         self._servers: list[SupervisedServer] = []
@@ -134,7 +137,7 @@ class ServerExchange:
             self._costs.coding_seconds = worker.wire.coding_seconds
             # Gradients out and weights in. How long it took says little of the network: it is mostly others' work.
             self._costs.sent(worker.sent_bytes + worker.received_bytes - moved, 0.0, 8 * self._pushed_elements)
-        self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
+        self._note_counts()
         self._agree(fault)
         self.guests = int(told[1])
         worker.guests = tuple(told[2 : 2 + self.guests].tolist())
@@ -148,9 +151,7 @@ class ServerExchange:
         statistics.exchange_seconds += perf_counter() - began
         statistics.sent_bytes["grpc"] = worker.sent_bytes
         statistics.received_bytes["grpc"] = worker.received_bytes
-        if self._world.rank == 0:
-            restarts, lost, _ = np.sum(self._counts, axis=0).tolist()
-            statistics.servers = ServerCounts(restarts, lost, worker.workers + self.guests)
+        self._tell_counts()
 
     def facts(self) -> dict[str, Any]:
         """As in Exchange: how many servers there were, what their deaths cost and what rank 0's node pushed.
@@ -164,6 +165,8 @@ class ServerExchange:
         }  # fmt: skip
         if self.invitation:
             facts["guests"] = len(self._seen_guests)
+            facts["guests_dropped"] = self._worker.dropped_guests  # rank 0's worker pushes element 0, and writes facts
+            facts["samples_missed"] = self._samples_missed
         if self._at_once:
             stale = self._worker.staleness
             mean = stale.total_steps / stale.pushes if stale.pushes else 0.0
@@ -191,20 +194,16 @@ class ServerExchange:
             self._world.comm.Bcast(self.totals, root=0)  # what is decided by them is decided by all alike
         if ends_epoch and (self._at_once or self.lossy):
             self.totals[STOP] = sum(self._world.gather_everywhere(self._asked_to_stop))
-        return samples if self._at_once else int(self._next_guests[0])
+        if self._at_once:
+            return samples
+        counted = int(self._next_guests[0])
+        self._samples_missed += samples - counted if counted else 0  # 0: a server that came back does not know
+        return counted
 
     def gather_state(self) -> dict[str, np.ndarray]:
         """As in Exchange: rank 0 asks the servers, and every node for what it has yet to send."""
         unsent = residuals.gather(self._world, self._residual, self.parameters.size) if self.lossy else {}
-        arrays, fault = {}, None
-        if self._world.rank == 0:
-            try:
-                arrays = self._worker.pull(state=True)
-            except TrainingFault as found:
-                fault = found
-        told = self._world.broadcast(str(fault) if fault else None)
-        if told:
-            raise TrainingFault(told) from fault
+        arrays = self._pull(self._world.rank == 0, state=True)
         return unsent | {
             name.removeprefix(STATE_PREFIX): array for name, array in arrays.items() if name.startswith(STATE_PREFIX)
         }
@@ -250,14 +249,51 @@ class ServerExchange:
             self._told = min(pushing, key=lambda facts: facts["bytes_per_second"])
 
     def _pull_into_node(self, name: str, state: bool, publish: bool = False) -> None:
-        """Let the node's `parameters` be an array that the servers hold."""
-        fault = None
+        """Let the node's `parameters` be an array that the servers hold. Collective."""
+        arrays = self._pull(self.node.rank == 0, state, publish)
         if self.node.rank == 0:
-            try:
-                self.parameters[:] = self._worker.pull(state=state, publish=publish)[name]
-            except TrainingFault as found:
-                fault = found
-        self._agree(fault)
+            self.parameters[:] = arrays[name]
+        self._fence()
+
+    def _pull(self, asks: bool, state: bool, publish: bool = False) -> dict[str, np.ndarray]:
+        """What the servers hold, where this rank asks; else nothing. Collective, between two steps.
+
+        One that died since the last step does not know how far its workers are, nor they what it has lost. All join it
+        again, which counts and says it, before anybody goes on with what it holds.
+        """
+        while True:
+            arrays = self._together(lambda: self._worker.pull(state, publish) if asks else {})
+            if not any(self._world.gather_everywhere(self._worker.found_returned)):
+                return arrays
+            self._together(self._worker.meet_again)
+            self._note_counts()
+            self._fence()
+            self._tell_counts()
+
+    def _together(self, act: Callable[[], T]) -> T:
+        """`act`, whose fault on any rank is raised on each."""
+        fault: TrainingFault | None = None
+        try:
+            result = act()
+        except TrainingFault as found:
+            fault = found
+        told = [text for text in self._world.gather_everywhere(str(fault) if fault else "") if text]
+        if told:
+            raise TrainingFault(told[0]) from fault
+        return result
+
+    def _note_counts(self) -> None:
+        """Let the node know what this rank has counted, behind its next fence."""
+        worker = self._worker
+        self._counts[self.node.rank][:] = worker.restarts, worker.steps_lost, worker.sent_bytes
+
+    def _tell_counts(self) -> None:
+        """Rank 0 reports what its node has counted, in which each server is counted once."""
+        if self._world.rank == 0:
+            restarts, lost, _ = np.sum(self._counts, axis=0).tolist()
+            self.statistics.servers = ServerCounts(
+                *(restarts, lost, self._worker.workers + self.guests, self._worker.dropped_guests)
+            )
 
     def _sum_up(self) -> None:
         """Add up this rank's slice over the node's gradients, into that of its lowest rank."""

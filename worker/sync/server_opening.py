@@ -31,7 +31,7 @@ from worker.sync.reduction import Reduction
 from worker.sync.reproducible import make_shard_buffers
 from worker.sync.server_exchange import ServerExchange
 from worker.sync.world import World
-from worker.update import make_update
+from worker.update import make_update, whole_gradient_user
 
 
 def shard_parts(count: int, servers: int) -> list[tuple[int, int]]:
@@ -52,7 +52,7 @@ def open_server_exchange(
     asked = job.sync.parameter_server.servers
     parts = shard_parts(count, asked)
     optimizer = make_update(job)
-    world.agree(lambda: _check_one_shard(len(parts), job, optimizer.direct is not None))
+    world.agree(lambda: _check_one_shard(len(parts), job))
     buffers, at_once = None, mode_of(job.sync.parameter_server).at_once
     if at_once and world.node_comm.Get_size() == world.size:
         world.split_nodes_into_ranks()  # a machine alone has no other node to be ahead of
@@ -138,15 +138,9 @@ def _plain(worker: ParameterServerExchange) -> list[tuple[tuple[int, int], str]]
     return [((elements.start, elements.stop), address) for elements, address in worker.held]
 
 
-def _check_one_shard(shards: int, job: job_pb2.JobSpec, has_trust_ratios: bool) -> None:
-    if shards == 1:
-        return
-    for used, what in (
-        (bool(job.training.clip_norm), "training.clip_norm"),
-        (has_trust_ratios, f"optimizer {job.optimizer.WhichOneof('kind')}"),
-    ):
-        if used:
-            raise UsageFault(
-                f"sync.parameter_server.servers: {job.sync.parameter_server.servers} beside {what}, which needs the "
-                "whole gradient in one place: take 1 server, or sync: all_reduce"
-            )
+def _check_one_shard(shards: int, job: job_pb2.JobSpec) -> None:
+    if shards > 1 and (user := whole_gradient_user(job)) is not None:
+        raise UsageFault(
+            f"sync.parameter_server.servers: {job.sync.parameter_server.servers} beside {user}, which needs the "
+            "whole gradient in one place: take 1 server, or sync: all_reduce"
+        )

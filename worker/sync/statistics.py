@@ -12,6 +12,7 @@ class ServerCounts(NamedTuple):
     parameter_server_restarts: int  # servers that died and came back
     parameter_server_steps_lost: int  # by those, since their snapshots
     parameter_server_workers: int  # that the next step is shared by: nodes and guests
+    parameter_server_guests_dropped: int
 
 
 @dataclass

@@ -61,12 +61,14 @@ def report(step: int, **fields: object) -> job_pb2.Report:
 
 def test_parameter_servers_are_shown_for_the_jobs_that_have_some(metrics, page) -> None:
     told = {"parameter_server_restarts": 2, "parameter_server_steps_lost": 30, "parameter_server_workers": 5}
+    told |= {"parameter_server_guests_dropped": 3}
     metrics.reported(
         "a-1", [report(10)], [coordinator_pb2.RankReport(rank=0, **told), coordinator_pb2.RankReport(rank=1)]
     )
     metrics.reported("b-1", [report(10)], [coordinator_pb2.RankReport(rank=0)])
     shown = {name: value for name, value in page().items() if name.startswith("paceline_parameter_server")}
     assert shown == {
+        'paceline_parameter_server_guests_dropped_total{job="a-1"}': 3,
         'paceline_parameter_server_restarts_total{job="a-1"}': 2,
         'paceline_parameter_server_steps_lost_total{job="a-1"}': 30,
         'paceline_parameter_server_workers{job="a-1"}': 5,

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from worker.engine import chain
-from worker.engine.layers import LAYERS, conv2d, pooling, winograd
+from worker.engine.layers import LAYERS, conv2d, patches, pooling, winograd
 from worker.engine.layers import tiles as tiles_module
 from worker.engine.layers.window import pair
 from worker.engine.model import Model
@@ -162,21 +162,33 @@ def test_relu_run_behind_the_pooling_changes_nothing(engine: Any, pool: str) -> 
     tile=st.sampled_from([(2, 2), (2, 2), (3, 1), (1, 2), (3, 3)]),
     tiles=st.tuples(st.integers(1, 5), st.integers(1, 5)),
     channels=st.sampled_from([1, 3, 32]),
-    kernel=st.sampled_from([1, 3]),
+    kernel=st.sampled_from([1, 2, 3, 3, 5]),
+    stride=st.sampled_from([1, 1, 2]),
     samples=st.integers(1, 5),
-    slice_bytes=st.sampled_from([1 << 14, 1 << 20]),
+    slice_bytes=st.sampled_from([1 << 14, 1 << 18, 1 << 20]),
+    bias=st.sampled_from(["true", "false"]),
 )
 def test_maps_laid_out_for_the_pooling_behind_give_the_same_gradient(
-    engine: Any, pool: str, tile: Any, tiles: Any, channels: int, kernel: int, samples: int, slice_bytes: int
-) -> None:
-    """In front of it stands another convolution, so that the input's gradient counts too; Winograd's is among them."""
-    shape = (tile[0] * tiles[0], tile[1] * tiles[1], 2)
-    convolutions = [f"conv2d: {{filters: {n}, kernel: {kernel}, padding: same}}" for n in (channels, 32)]
-    words = [*convolutions, f"{pool}: {{size: [{tile[0]}, {tile[1]}]}}", "dense:3"]
+    engine: Any, pool: str, tile: Any, tiles: Any, channels: int, kernel: int, stride: int, samples: int,
+    slice_bytes: int, bias: str,
+) -> None:  # fmt: skip
+    """In front of it stands another convolution, so that the input's gradient counts too.
+
+    Winograd's is among them, and so is the one whose patches are unfolded.
+    """
+    shape = (stride * tile[0] * tiles[0], stride * tile[1] * tiles[1], 2)
+    options = f"kernel: {kernel}, padding: same, bias: {bias}"
+    words = [
+        f"conv2d: {{filters: {channels}, {options}}}",
+        f"conv2d: {{filters: 32, stride: {stride}, {options}}}",
+        f"{pool}: {{size: [{tile[0]}, {tile[1]}]}}",
+        "dense:3",
+    ]
     results = []
     for joined in (True, False):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(conv2d, "SLICE_BYTES", slice_bytes)
+            for module in (conv2d, patches, winograd):
+                patch.setattr(module, "SLICE_BYTES", slice_bytes)
             if not joined:
                 patch.setattr(tiles_module, "join", lambda before, behind: None)
             case = engine.build(words, LOSS, shape)
@@ -226,13 +238,23 @@ def test_flatten_hands_on_memory_that_nothing_writes_over(engine: Any, differenc
 
 
 def test_maps_that_are_pooled_slice_by_slice_never_exist_for_a_whole_batch(engine: Any) -> None:
-    words = ["conv2d: {filters: 32, kernel: 3, padding: same}", "max_pool2d: {size: 2}", "dense:3"]
-    model = engine.build(words, LOSS, (28, 28, 1), np.float32).model
-    model.reserve(64)
-    convolution, pooled = (placed.layer for placed in model.layers[:2])
-    assert convolution.pooling is pooled
-    assert len(convolution.y) == len(convolution.d_y) < 64
-    assert pooled.dx.nbytes == convolution.handed_on.nbytes == 0
+    """Whether patches are unfolded (3 x 3 of one channel), windows (5 x 5 of 16) or Winograd's products (of 32)."""
+    for channels, kernel, own in ((1, 3, "patches"), (16, 5, ""), (32, 3, "winograd")):
+        words = [f"conv2d: {{filters: 64, kernel: {kernel}, padding: same}}", "max_pool2d: {size: 2}", "dense:3"]
+        model = engine.build(words, LOSS, (14, 14, channels), np.float32).model
+        model.reserve(256)
+        convolution, pooled = (placed.layer for placed in model.layers[:2])
+        assert convolution.pooling is pooled
+        assert pooled.dx.nbytes == convolution.handed_on.nbytes == 0
+        holders = [vars(convolution), vars(pooled), vars(getattr(convolution, own)) if own else {}]
+        kept = {"dx", "seen", "padded"}  # of the input's size; `seen` is a view of `padded` or what products read
+        largest = max(
+            array.nbytes
+            for holder in holders
+            for name, array in holder.items()
+            if isinstance(array, np.ndarray) and name not in kept
+        )
+        assert largest < 256 * 14 * 14 * 64 * 4 / 3
 
 
 def test_a_step_on_images_allocates_nothing_big(engine: Any) -> None:

@@ -28,7 +28,9 @@ def machine() -> Machine:
 @pytest.fixture
 def work() -> Workload:
     """4 MB of gradient, 400 samples a step."""
-    return Workload(parameters=1_000_000, batch_size=400, micro_batch=0, state_arrays=2, buffer_bytes=1000)
+    return Workload(
+        parameters=1_000_000, batch_size=400, micro_batch=0, state_arrays=2, buffer_bytes=1000, epoch_steps=1000
+    )
 
 
 @pytest.fixture

@@ -92,6 +92,15 @@ def test_local_steps_exchange_once_in_so_many(machine: Machine, work: Workload, 
     assert seldom.compute_seconds == pytest.approx(0.012 + 0.0001)
 
 
+def test_local_steps_meet_at_the_end_of_each_epoch_too(machine: Machine, work: Workload, cluster: Cluster) -> None:
+    """Two steps an epoch: 500 of them are never made apart. Of 23, 16 make two meetings."""
+    plain = predict(machine, work, cluster, Choice("local", steps=1), PLAIN).sent_bytes
+    for epoch_steps, steps, meetings in ((2, 500, 1), (23, 16, 2), (23, 4, 6)):
+        short = dataclasses.replace(work, epoch_steps=epoch_steps)
+        step = predict(machine, short, cluster, Choice("local", steps=steps), PLAIN)
+        assert step.sent_bytes == pytest.approx(plain * meetings / epoch_steps)
+
+
 def test_half_the_bytes_take_half_the_time_and_their_coding(machine: Machine, work: Workload, cluster: Cluster) -> None:
     exact = predict(machine, work, cluster, Choice("all_reduce"), PLAIN)
     coded = predict(machine, work, cluster, Choice("all_reduce", HALF), PLAIN)
@@ -141,6 +150,7 @@ def test_pieces_of_a_share_each_pay_the_fixed_part(machine: Machine, work: Workl
 
 
 def test_ranks_beyond_the_cores_take_turns(machine: Machine, work: Workload, cluster: Cluster) -> None:
+    work = dataclasses.replace(work, epoch_steps=10**9)
     two = predict(machine, work, cluster._replace(ranks_per_node=2), Choice("local", steps=10**9), PLAIN)
     four = predict(machine, work, cluster._replace(ranks_per_node=4), Choice("local", steps=10**9), PLAIN)
     assert two.compute_seconds == pytest.approx(0.001 + 0.005 + 0.0005)

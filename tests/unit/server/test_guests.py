@@ -78,6 +78,7 @@ def test_a_chunk_that_waited_for_a_dropped_guest_alone_is_completed_without_it(s
         shard.hear(1, PATIENCE + 1)
         answers = shard.expire(PATIENCE + 1)
     assert [(answer.workers, answer.offset, answer.samples, answer.guests) for answer in answers] == [((0,), 0, 4, ())]
+    assert answers[0].dropped_guests == 1
     # The chunk it has pushed has all 8 samples, the other only those of the founding worker.
     np.testing.assert_array_equal(shard.parameters, [-1.0] * 3 + [-1.5] * 3)
     (news,) = [news for news in shard.take_news() if news.dropped]

@@ -1,5 +1,6 @@
 """What a worker process arranges before NumPy and MPI are loaded."""
 
+import os
 import subprocess
 import sys
 import time
@@ -12,6 +13,15 @@ def test_the_rank_is_read_from_any_launcher() -> None:
     assert processes.rank_before_mpi({}) == 0
     assert processes.rank_before_mpi({"OMPI_COMM_WORLD_RANK": "3"}) == 3
     assert processes.rank_before_mpi({"SLURM_PROCID": "2"}) == 2
+
+
+def test_a_process_has_ended_before_its_parent_asks() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        assert not processes.has_ended(process.pid)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # it is a zombie and stays one
+        assert processes.has_ended(process.pid)
+    assert processes.has_ended(process.pid)
 
 
 def test_ranks_share_the_cores_and_what_the_user_set_stays() -> None:

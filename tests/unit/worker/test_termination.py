@@ -36,22 +36,33 @@ os.kill(os.getpid(), signal.SIGTERM)
 """
 
 
-def told(how: str, number: signal.Signals = signal.SIGTERM) -> tuple[int, str, float]:
+def told(
+    how: str, number: signal.Signals = signal.SIGTERM, before: signal.Signals | None = None
+) -> tuple[int, str, float]:
+    """`before`: a signal sent first, which it is to say a line to."""
     with subprocess.Popen(
         [sys.executable, "-c", PROGRAM, how], stdout=subprocess.PIPE, text=True, cwd=Path(__file__).parents[3]
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
-        began = time.monotonic()
+        began, first = time.monotonic(), ""
+        if before is not None:
+            process.send_signal(before)
+            first = process.stdout.readline()
         process.send_signal(number)
         said, _ = process.communicate(timeout=30)
-        return process.returncode, said, time.monotonic() - began
+        return process.returncode, first + said, time.monotonic() - began
 
 
 def test_when_the_grace_is_over_last_words_are_said_though_the_main_thread_is_blocked() -> None:
     code, said, seconds = told("blocked")
     assert (code, said) == (-signal.SIGTERM, "too late\n")
     assert 0.5 <= seconds < 20
+
+
+def test_sigcont_while_a_rank_is_gone_is_time_for_last_words_and_ends_nothing() -> None:
+    code, said, _ = told("vain", before=signal.SIGCONT)
+    assert (code, said) == (-signal.SIGTERM, "last words\nlast words\n")
 
 
 @pytest.mark.parametrize("how", ["starting", "vain"])

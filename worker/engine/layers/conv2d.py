@@ -3,7 +3,7 @@
 Rules: images are (height, width, channels), a weight is (kernel height, kernel width, channels, filters). A batch is
 worked through a few images at a time (of large images a few rows), so that what is unfolded from them never leaves the
 cache; every buffer is made in `reserve`. A pooling behind may take each slice at once (tiles.py). Where winograd.py
-does the same with fewer products it is asked instead.
+does the same with fewer products it is asked instead, and so is patches.py where a pooling lets it unfold less.
 """
 
 import math
@@ -14,17 +14,16 @@ import numpy as np
 import numpy.typing as npt
 
 from protos import job_pb2
-from worker.engine.layers import winograd
+from worker.engine.layers import patches, winograd
 from worker.engine.layers.layer import Takes, Traits
-from worker.engine.layers.tiles import TakesTiles, Tile, copy_from_tiles
+from worker.engine.layers.patches import SHORT_RUN, Patches
+from worker.engine.layers.tiles import TakesTiles, Tile
 from worker.engine.layers.window import slide
 from worker.engine.params import FloatArray, Parameter, Shape
 from worker.errors import ModelFault
 
 # What one slice unfolds to: an L2 of today. Smaller slices pay for more calls, a whole batch is a third slower.
 SLICE_BYTES: Final = 1024 * 1024
-# Windows of fewer values a row than this are unfolded value by value: runs along the image are longer than theirs.
-SHORT_RUN: Final = 16
 
 
 class Block(NamedTuple):
@@ -58,6 +57,7 @@ class Conv2d:
         self.input_shape = input_shape
         self.output_shape: Shape = (down.outputs, across.outputs, self.filters)
         self.is_winograd = winograd.pays(self.windows, self.filters)
+        self.is_patched = False
         self.tile: Tile | None = None
         self.pooling: TakesTiles | None = None  # is given each slice's maps, and gives their gradient
         area = down.window * across.window
@@ -67,19 +67,23 @@ class Conv2d:
         bias = Parameter("bias", (self.filters,), fan_in=0, fan_out=0)
         self.parameters: tuple[Parameter, ...] = (weight, bias) if options.bias else (weight,)
 
-    def give_tiles(self, tile: Tile) -> bool:
-        """Put the maps out as tiles where it pays: Winograd's own are 2 x 2, and slices must be whole images."""
-        rows, columns, _ = self.output_shape
-        image_bytes = 4 * rows * columns * self.seen_values
-        if tile == (2, 2) if self.is_winograd else image_bytes <= SLICE_BYTES:
-            self.tile = tile
-        return self.tile is not None
+    @property
+    def images_inside(self) -> bool:
+        """As winograd.py lays its slices out."""
+        return self.is_winograd
 
-    def give_slices(self, pooling: TakesTiles) -> bool:
-        """Where there are slices of whole images."""
-        if not self.is_winograd:
-            self.pooling = pooling
-        return self.pooling is not None
+    def give_tiles(self, tile: Tile, pooling: TakesTiles) -> bool:
+        """Where slices are whole images; Winograd's own tiles are 2 x 2."""
+        rows, columns, _ = self.output_shape
+        if self.is_winograd:
+            image_bytes = winograd.image_bytes(self.output_shape, self.windows.channels, 4)
+            gives = tile == (2, 2) and image_bytes <= winograd.SLICE_BYTES
+        else:
+            gives = 4 * rows * columns * self.seen_values <= SLICE_BYTES
+        if gives:
+            self.tile, self.pooling = tile, pooling
+            self.is_patched = not self.is_winograd and patches.pays(self.windows, tile)
+        return gives
 
     def attach(self, values: Sequence[FloatArray], gradients: Sequence[FloatArray]) -> None:
         """Take views: weight (kernel height, kernel width, channels, filters), bias (filters,) if there is one."""
@@ -91,8 +95,16 @@ class Conv2d:
         """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
         maps = self.tile.shape(self.output_shape) if self.tile else self.output_shape
         self.dx = np.empty((batch_size, *self.input_shape), dtype)
+        self.handed_on = np.empty((batch_size, 0), dtype)
+        if self.is_patched:
+            assert self.tile is not None
+            assert self.pooling is not None
+            self.patches = Patches(
+                self.windows, self.tile, self.filters, bool(self.bias), batch_size, dtype, self.pooling
+            )
+            return
         if self.is_winograd:
-            self.y = np.empty((batch_size, *maps), dtype)
+            self.y = np.empty((0 if self.pooling else batch_size, *self.output_shape), dtype)
             self._reserve_winograd(batch_size, dtype)
             return
         rows, columns, _ = self.output_shape
@@ -104,7 +116,6 @@ class Conv2d:
         self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
         self.y = np.empty((self.slice_images if self.pooling else batch_size, *maps), dtype)
         self.d_y = np.empty_like(self.y if self.pooling else self.y[:0])
-        self.handed_on = np.empty((batch_size, 0), dtype)
         # What surrounds the image is written here, once, and stays 0.
         self.padded = np.zeros((self.slice_images, *self.windows.padded_shape), dtype)
         self.d_padded = np.empty_like(self.padded)
@@ -119,15 +130,17 @@ class Conv2d:
     def _reserve_winograd(self, batch_size: int, dtype: npt.DTypeLike) -> None:
         """What winograd.py needs."""
         before = (self.windows.down.before, self.windows.across.before)
-        self.winograd = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype)
-        self.winograd.tiled = self.tile is not None
+        self.winograd = winograd.Winograd(self.input_shape, self.output_shape, before, batch_size, dtype, self.pooling)
         self.factors = np.empty((16, self.windows.channels, self.filters), dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
-        """x (n, height, width, channels) -> (n, rows, columns, filters), or these as tiles."""
+        """x (n, height, width, channels) -> (n, rows, columns, filters), or what is handed on where that is pooled."""
         self.x = x
+        y = self.handed_on[: len(x)] if self.pooling else self.y[: len(x)]
+        if self.is_patched:
+            self.patches.convolve(x, self.weight, self.bias)
+            return y
         if self.is_winograd:
-            y = self.y[: len(x)]
             self.winograd.convolve(x, winograd.factors(self.weight, self.factors), self.bias, y)
             return y
         self.factors[: self.seen_values] = self.weight.reshape(self.seen_values, self.filters)
@@ -140,7 +153,7 @@ class Conv2d:
                 self.pooling.pool(block.images, maps)
             else:
                 np.matmul(self._unfold(block), self.factors, out=self._matrix(self.y, block))
-        return self.handed_on[: len(x)] if self.pooling else self.y[: len(x)]
+        return y
 
     def backward_parameters(self, dy: FloatArray) -> None:
         """dL/dW_ijcf = sum over windows p, q of x_(p s + i)(q s + j)c dL/dy_pqf, dL/db_f = sum of dL/dy_pqf.
@@ -148,6 +161,9 @@ class Conv2d:
         dy_pqf/dW_ijcf is the value that stands at place i, j, c of window p, q: U^T dY. U is unfolded again, which
         costs less than keeping it: the whole batch's would not stay in the cache.
         """
+        if self.is_patched:
+            self.patches.parameter_gradients(len(dy), self.d_weight, self.d_bias)
+            return
         if self.is_winograd:  # with the input's gradient, which is made of the same parts
             self.winograd.gradients(self.x, self.factors, dy, self.d_weight, self.d_bias, self.dx[: len(dy)])
             return
@@ -165,14 +181,16 @@ class Conv2d:
         For one place i, j of the kernel that is dY W_ij^T, added to every s-th pixel from i, j on: as many products as
         the kernel has places, each added while it is in cache, in runs as long as a row of the image.
         """
-        if self.is_winograd:
+        if self.is_patched:
+            self.patches.input_gradient(self.dx[: len(dy)])
+        if self.is_patched or self.is_winograd:
             return self.dx[: len(dy)]
         for block in self._blocks(len(dy)):
             images = block.images.stop - block.images.start
             d_padded = self.d_padded[:images]
             if block.rows.start == 0:
                 d_padded[...] = 0
-            d_block = self._plain(dy, block)
+            d_block = self._row_by_row(dy, block)
             shape = (images, block.rows.stop - block.rows.start, self.output_shape[1], self.windows.channels)
             d_seen = self.d_seen[: len(d_block) * self.windows.channels].reshape(len(d_block), self.windows.channels)
             for i, j in self.windows.positions:
@@ -204,12 +222,12 @@ class Conv2d:
         self.pooling.spread(block.images, d_maps)
         return d_maps
 
-    def _plain(self, maps: FloatArray, block: Block) -> FloatArray:
+    def _row_by_row(self, maps: FloatArray, block: Block) -> FloatArray:
         """A block of the maps as a matrix (windows, filters), windows row by row."""
         if self.tile is None:
             return self._matrix(maps, block)
         plain = self.d_plain[: block.images.stop - block.images.start]
-        copy_from_tiles(self._spread(block), plain, self.tile)
+        np.copyto(self.tile.split(plain), self._spread(block))
         return plain.reshape(-1, self.filters)
 
     def _unfold(self, block: Block) -> FloatArray:
@@ -223,7 +241,7 @@ class Conv2d:
         ones = len(self.bias)
         width = self.seen_values + ones
         values = self.unfolded[: seen.size // self.seen_values * width]
-        if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:
+        if seen.shape[-2] * seen.shape[-1] < SHORT_RUN:  # value by value: runs along the image are longer
             by_value = values.reshape(width, -1)
             order = (*range(seen.ndim - 3, seen.ndim), *range(seen.ndim - 3))
             target = by_value[: self.seen_values].reshape([seen.shape[axis] for axis in order])

@@ -12,7 +12,6 @@ import numpy as np
 import numpy.typing as npt
 
 from worker.engine.layers.layer import Takes, Traits
-from worker.engine.layers.tiles import Tile
 from worker.engine.layers.window import require_image, slide
 from worker.engine.params import FloatArray, Parameter, Shape
 
@@ -45,42 +44,41 @@ class WindowPool(Untrained):
         self.windows = slide(input_shape, "size", options.size, stride, options.padding)
         self.input_shape = input_shape
         self.output_shape: Shape = (self.windows.down.outputs, self.windows.across.outputs, input_shape[2])
-        self.takes_tiles = self.takes_slices = False
+        self.takes_tiles = self.images_inside = False
 
-    def take_tiles(self, tile: Tile) -> None:
-        """Images are given as tiles from now on, each of the pixels one window sees."""
-        self.takes_tiles = True
-        self.input_shape = tile.shape(self.input_shape)
-
-    def take_slices(self) -> None:
-        """They come by `pool` from now on and their gradient goes by `spread`; see tiles.py."""
-        self.takes_slices = True
+    def take_tiles(self, images_inside: bool) -> None:
+        """Images come by `pool` as tiles from now on and their gradient goes by `spread`; see tiles.py."""
+        self.takes_tiles, self.images_inside = True, images_inside
 
     def at(self, padded: FloatArray, place: tuple[int, int]) -> FloatArray:
         """The pixels at one place of every window: a view (n, rows, columns, channels)."""
         return padded[:, *place] if self.takes_tiles else self.windows.at(padded, *place)
 
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
-        """The output, the gradient of the input (only touched when asked for), and what one slice needs."""
+        """The output, the gradient of the input (only touched when asked for), and what one slice needs.
+
+        Tiles need nothing: they are written over.
+        """
         padded = self.windows.padded_shape
         image_bytes = padded[0] * padded[1] * padded[2] * np.dtype(dtype).itemsize
         self.slice_images = min(max(SLICE_BYTES // image_bytes, 1), max(batch_size, 1))
         self.y = np.empty((batch_size, *self.output_shape), dtype)
-        self.dx = np.empty((batch_size, *((0,) if self.takes_slices else self.input_shape)), dtype)
-        self.padded = np.full((self.slice_images, *padded), self.outside, dtype)
+        self.dx = np.empty((batch_size, *((0,) if self.takes_tiles else self.input_shape)), dtype)
+        buffered = 0 if self.takes_tiles else self.slice_images
+        self.padded = np.full((buffered, *padded), self.outside, dtype)
         self.d_padded = np.empty_like(self.padded)
-        self.part = np.empty((self.slice_images, *self.output_shape), dtype)
+        self.part = np.empty((buffered, *self.output_shape), dtype)
 
     def forward(self, x: FloatArray) -> FloatArray:
         """x (n, height, width, channels) -> (n, rows, columns, channels)."""
-        if not self.takes_slices:
+        if not self.takes_tiles:
             self.pool(slice(0, len(x)), x)
         return self.y[: len(x)]
 
     def backward_input(self, dy: FloatArray) -> FloatArray:
         """dL/dx; the derivations are at `spread`."""
         self.dy, dx = dy, self.dx[: len(dy)]
-        if not self.takes_slices:
+        if not self.takes_tiles:
             self.spread(slice(0, len(dy)), dx)
         return dx
 
@@ -94,6 +92,9 @@ class WindowPool(Untrained):
 
     def slices(self, images: slice) -> Iterator[tuple[slice, slice]]:
         """Images cut into slices that stay in cache: where each lies in the batch, and where among these images."""
+        if self.takes_tiles:
+            yield images, slice(0, images.stop - images.start)
+            return
         for first in range(images.start, images.stop, self.slice_images):
             last = min(first + self.slice_images, images.stop)
             yield slice(first, last), slice(first - images.start, last - images.start)
@@ -116,7 +117,13 @@ class MaxPool2d(WindowPool):
     def reserve(self, batch_size: int, dtype: npt.DTypeLike, in_place: bool) -> None:
         """Also where each place but the first sees more than all before it, and what is left of a slice's gradient."""
         super().reserve(batch_size, dtype, in_place)
-        self.exceeds = np.empty((len(self.windows.positions) - 1, *self.y.shape), np.bool_)
+        rows, columns, channels = self.output_shape
+        places = len(self.windows.positions) - 1
+        if self.images_inside:
+            exceeds = np.empty((places, rows, columns, batch_size, channels), np.bool_)
+            self.exceeds = exceeds.transpose(0, 3, 1, 2, 4)
+        else:
+            self.exceeds = np.empty((places, batch_size, rows, columns, channels), np.bool_)
         self.rest = np.empty_like(self.part)
 
     def pool(self, images: slice, maps: FloatArray) -> None:
@@ -129,10 +136,11 @@ class MaxPool2d(WindowPool):
         for here, among in self.slices(images):
             padded, y = self.surround(maps[among]), self.y[here]
             largest = self.at(padded, first)
+            room = largest if self.takes_tiles else y
             for place, exceeds in zip(others, self.exceeds, strict=True):
                 seen = self.at(padded, place)
                 np.greater(seen, largest, out=exceeds[here])
-                largest = np.maximum(largest, seen, out=y)
+                largest = np.maximum(largest, seen, out=y if place == others[-1] else room)
             if not others:
                 np.copyto(y, largest)
 
@@ -141,28 +149,33 @@ class MaxPool2d(WindowPool):
 
         y = x_ij for the place i, j of the largest, so dy/dx is 1 there and 0 elsewhere. Of equal values the first takes
         all, as in PyTorch: it is at the last place that sees more than all before it, which is asked first. Where
-        windows tile the image each part is written where it belongs; elsewhere parts are added up.
+        windows tile the image each part is written where it belongs, what is left to the first place; elsewhere parts
+        are added up.
         """
         first, *others = self.windows.positions
         for here, among in self.slices(images):
-            rest, part = self.dy[here], self.part[: here.stop - here.start]
-            tile = self.windows.tile
-            target = d_maps[among] if tile else self.d_padded[: len(part)]
+            rest, tile = self.dy[here], self.windows.tile
+            target = d_maps[among] if tile else self.d_padded[: len(rest)]
+            left = self.at(target, first) if self.takes_tiles else self.rest[: len(rest)]
             if not tile:
                 target[...] = 0
+            if self.images_inside:  # one pass in short runs instead of two
+                np.copyto(left, rest)
+                rest = left
             for place, exceeds in zip(reversed(others), self.exceeds[::-1], strict=True):
                 pixels = self.at(target, place)
+                part = pixels if self.takes_tiles else self.part[: len(rest)]
                 np.copyto(part, exceeds[here])  # a product of booleans and floats takes twice as long
                 taken = np.multiply(part, rest, out=pixels if tile else part)
-                rest = np.subtract(rest, taken, out=self.rest[: len(part)])
+                rest = np.subtract(rest, taken, out=left)
                 if not tile:
                     np.add(pixels, taken, out=pixels)
             pixels = self.at(target, first)
-            if tile:
-                np.copyto(pixels, rest)
-            else:
+            if not tile:
                 np.add(pixels, rest, out=pixels)
                 d_maps[among] = self.windows.inside(target)
+            elif not (self.takes_tiles and others):  # else it is there already
+                np.copyto(pixels, rest)
 
 
 class AveragePool2d(WindowPool):
@@ -183,10 +196,11 @@ class AveragePool2d(WindowPool):
         """The mean of each window."""
         for here, among in self.slices(images):
             padded, y = self.surround(maps[among]), self.y[here]
-            np.copyto(y, self.at(padded, (0, 0)))
+            total = self.at(padded, (0, 0))
+            room = total if self.takes_tiles else y
             for place in self.windows.positions[1:]:
-                np.add(y, self.at(padded, place), out=y)
-            np.multiply(y, self.shares, out=y)
+                total = np.add(total, self.at(padded, place), out=room)
+            np.multiply(total, self.shares, out=y)
 
     def spread(self, images: slice, d_maps: FloatArray) -> None:
         """dL/dx = sum of dL/dy / k over the windows that see x, k the pixels each of them sees.
@@ -194,8 +208,13 @@ class AveragePool2d(WindowPool):
         y = (x_1 + ... + x_k) / k, so dy/dx is 1/k for each of them.
         """
         for here, among in self.slices(images):
-            part = self.part[: here.stop - here.start]
-            np.multiply(self.dy[here], self.shares, out=part)
+            first, *others = self.windows.positions
+            if self.takes_tiles:
+                part = np.multiply(self.dy[here], self.shares, out=self.at(d_maps[among], first))
+                for place in others:
+                    np.copyto(self.at(d_maps[among], place), part)
+                continue
+            part = np.multiply(self.dy[here], self.shares, out=self.part[: here.stop - here.start])
             if self.windows.tile:
                 for place in self.windows.positions:
                     np.copyto(self.at(d_maps[among], place), part)

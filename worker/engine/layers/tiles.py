@@ -1,17 +1,16 @@
-"""Maps laid out for the pooling behind them.
+"""Maps handed to the pooling behind them slice by slice, each while it is in cache.
 
-Rules: a map (rows, columns, channels) that windows of down x across pixels tile may lie in memory as tiles (down,
-across, rows / down, columns / across, channels): what place (i, j) of every window sees then lies together, and an
-operation runs over it in one go instead of over the channels of one pixel at a time. Only a convolution gives tiles and
-only a pooling whose windows tile its image takes them; which values there are, and their names, is not changed by it.
+Rules: a map (rows, columns, channels) that windows of down x across pixels tile is handed over as tiles (down, across,
+rows / down, columns / across, channels): what place (i, j) of every window sees then lies together, and an operation
+runs over it in one go instead of over the channels of one pixel at a time. Only a convolution gives tiles and only a
+pooling whose windows tile its image takes them; which values there are, and their names, is not changed by it.
 
-Where the convolution works slice by slice of whole images, each slice is pooled while it is in cache, and so it is with
-the gradient: maps of a whole batch never exist, and what the two layers hand on through the chain holds no values.
+A slice is some images of the batch. The pooling takes its maps, which it may write over, and gives their gradient when
+asked: maps of a whole batch never exist, and what the two layers hand on through the chain holds no values.
 """
 
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-import numpy as np
 import numpy.typing as npt
 
 from worker.engine.layers.window import Windows
@@ -38,13 +37,13 @@ class Tile(NamedTuple):
 
 @runtime_checkable
 class GivesTiles(Protocol):
-    """A layer that can put its maps out as tiles, and takes their gradient so."""
+    """A layer that can hand its maps over as tiles, and takes their gradient so."""
 
-    def give_tiles(self, tile: Tile) -> bool:
+    # In memory a slice's tiles lie row by row and column by column with its images inside, and not image by image.
+    images_inside: bool
+
+    def give_tiles(self, tile: Tile, pooling: "TakesTiles") -> bool:
         """Whether it does from now on."""
-
-    def give_slices(self, pooling: "TakesTiles") -> bool:
-        """Whether it hands tiles over slice by slice from now on."""
 
 
 @runtime_checkable
@@ -53,14 +52,11 @@ class TakesTiles(Protocol):
 
     windows: Windows
 
-    def take_tiles(self, tile: Tile) -> None:
-        """It is given tiles from now on."""
-
-    def take_slices(self) -> None:
+    def take_tiles(self, images_inside: bool) -> None:
         """They come by `pool` and their gradient goes by `spread`: `forward` and `backward_input` only pass by."""
 
     def pool(self, images: slice, maps: FloatArray) -> None:
-        """The output for these images of the batch, whose maps are given."""
+        """The output for these images of the batch, whose maps (n, *tiles) are given, to be written over."""
 
     def spread(self, images: slice, d_maps: FloatArray) -> None:
         """Write the gradient of these images' maps, given that of the whole output; may be asked for again."""
@@ -70,20 +66,5 @@ def join(before: object, behind: object) -> None:
     """Let one layer hand tiles to the next, where both can."""
     if isinstance(before, GivesTiles) and isinstance(behind, TakesTiles) and behind.windows.tile:
         tile = Tile(behind.windows.down.window, behind.windows.across.window)
-        if before.give_tiles(tile):
-            behind.take_tiles(tile)
-            if before.give_slices(behind):
-                behind.take_slices()
-
-
-def quarters(maps: FloatArray, tiled: bool) -> list[list[FloatArray]]:
-    """Views [i][j] of every second row from i on and every second column from j on, (n, rows, columns, channels).
-
-    `tiled`: the maps lie as tiles of 2 x 2. Plain ones may have an odd number of rows or columns.
-    """
-    return [[maps[:, i, j] if tiled else maps[:, i::2, j::2] for j in (0, 1)] for i in (0, 1)]
-
-
-def copy_from_tiles(tiled: FloatArray, plain: FloatArray, tile: Tile) -> None:
-    """Write maps that lie as tiles into plain ones (n, rows, columns, channels)."""
-    np.copyto(tile.split(plain), tiled)
+        if before.give_tiles(tile, behind):
+            behind.take_tiles(before.images_inside)

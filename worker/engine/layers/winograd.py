@@ -3,35 +3,42 @@
 In one direction, two neighbouring outputs y_0 = d_0 g_0 + d_1 g_1 + d_2 g_2 and y_1 = d_1 g_0 + d_2 g_1 + d_3 g_2 are
 
     y_0 = m_0 + m_1 + m_2    m_0 = (d_0 - d_2) g_0    m_1 = (d_1 + d_2) (g_0 + g_1 + g_2) / 2
-    y_1 = m_1 - m_2 - m_3    m_3 = (d_1 - d_3) g_2    m_2 = (d_2 - d_1) (g_0 - g_1 + g_2) / 2
+    y_1 = m_1 - m_2 + m_3    m_3 = (d_3 - d_1) g_2    m_2 = (d_2 - d_1) (g_0 - g_1 + g_2) / 2
 
 and in two directions the same is done to rows and then to columns. (Lavin & Gray 2016, "Fast algorithms for
 convolutional neural networks".) Summed over channels each of the 16 products is one matrix product, (tiles, channels)
 by (channels, filters).
 
 Rules: factors are 1, 1/2 and 1/4, so that float32 errs by no more than twice what the plain sum does. Slices of tiles
-stay in cache; buffers are made once.
+stay in cache; buffers are made once. In them rows and columns are the outer axes and the images of a slice lie inside:
+one row or column further is then the same long run, shifted.
 """
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 
-from worker.engine.layers.tiles import quarters
+from worker.engine.layers.tiles import TakesTiles
 from worker.engine.layers.window import Windows
 from worker.engine.params import FloatArray, Shape
 
-# What one slice's products read and write, a little more than an L2 of today: half of it pays for more calls.
-SLICE_BYTES: Final = 2 * 1024 * 1024
+# What one slice's products read and write. Of 14 x 14 images, 32 channels to 64 filters, these are 8: with 6 a step of
+# the CNN of examples/ took 3 % longer, with 10 or 12 an eighth.
+SLICE_BYTES: Final = 2500 * 1024
 # What the products of a whole batch read, four times its images, is kept from forward to backward up to so much: making
 # it anew takes a tenth of the layer's step.
 KEPT_BYTES: Final = 16 * 1024 * 1024
 # With fewer channels or filters the additions cost more than the products they save: on 14 x 14 a step of 16 to 16 took
 # 2.3 ms instead of 1.8, of 32 to 32 it took 4.5 instead of 4.7.
 LEAST_CHANNELS: Final = 32
+# NumPy copies operands that lie in several pieces into buffers of its own, by 8192 elements, before it adds them up,
+# unless a piece fills a buffer. With buffers smaller than a piece, one image's row of tiles, it adds where they lie:
+# of 1344 elements 6 a nanosecond instead of 3.
+BUFFER_ELEMENTS: Final = 256
 LEAST_PIXELS: Final = 6  # a side; on 5 x 5 nearly a third of the tiles' area lies outside
 
 # From the kernel's three values to the four factors of m_0 to m_3; for both directions (16, 9).
@@ -46,6 +53,12 @@ def pays(windows: Windows, filters: int) -> bool:
     return fits and min(channels, filters) >= LEAST_CHANNELS
 
 
+def image_bytes(output_shape: Shape, channels: int, itemsize: int) -> int:
+    """What the products of one image read and write."""
+    rows, columns, filters = output_shape
+    return 16 * -(-rows // 2) * -(-columns // 2) * (channels + filters) * itemsize
+
+
 def factors(weight: FloatArray, out: FloatArray) -> FloatArray:
     """A weight (3, 3, channels, filters) as factors of the 16 products, out (16, channels, filters)."""
     np.matmul(FACTORS_BOTH.astype(out.dtype), weight.reshape(9, -1), out=out.reshape(16, -1))
@@ -53,30 +66,29 @@ def factors(weight: FloatArray, out: FloatArray) -> FloatArray:
 
 
 class Winograd:
-    """y_pqf = b_f + sum over i, j, c of x_(p + i - before)(q + j - before)c g_ijcf, in buffers of its own.
-
-    Attributes:
-        tiled: y and dy lie as tiles of 2 x 2 (tiles.py).
-    """
-
-    tiled = False
+    """y_pqf = b_f + sum over i, j, c of x_(p + i - before)(q + j - before)c g_ijcf, in buffers of its own."""
 
     def __init__(
-        self, input_shape: Shape, output_shape: Shape, before: tuple[int, int], batch_size: int, dtype: npt.DTypeLike
-    ) -> None:
-        """Shapes are (height, width, channels); `before` is what is added in front of the image, down and across."""
+        self, input_shape: Shape, output_shape: Shape, before: tuple[int, int], batch_size: int, dtype: npt.DTypeLike,
+        pooling: TakesTiles | None,
+    ) -> None:  # fmt: skip
+        """Shapes are (height, width, channels); `before` is what is added in front of the image, down and across.
+
+        `pooling` is given each slice's y as tiles of 2 x 2, whole images, and gives their gradient (tiles.py).
+        """
         self.height, self.width, self.channels = input_shape
-        self.before = before
-        self.rows, columns, self.filters = output_shape
-        self.down, self.across = -(-self.rows // 2), -(-columns // 2)  # tiles
+        self.before, self.pooling = before, pooling
+        self.rows, self.columns, self.filters = output_shape
+        self.down, self.across = -(-self.rows // 2), -(-self.columns // 2)  # tiles
         itemsize = np.dtype(dtype).itemsize
-        row_bytes = 16 * self.across * (self.channels + self.filters) * itemsize
-        self.slice_rows = min(max(SLICE_BYTES // row_bytes, 1), self.down)
-        self.slice_images = min(max(SLICE_BYTES // (row_bytes * self.down), 1), max(batch_size, 1))
-        # Even columns, then odd ones, so that what tiles see at one place lies in long runs. What surrounds the image
-        # is written here, once, and stays 0.
-        self.padded = np.zeros((self.slice_images, 2 * self.down + 2, 2, self.across + 1, self.channels), dtype)
-        self.d_padded = np.empty_like(self.padded)
+        whole = image_bytes(output_shape, self.channels, itemsize)
+        self.slice_rows = self.down if pooling else min(max(SLICE_BYTES * self.down // whole, 1), self.down)
+        self.slice_images = min(max(SLICE_BYTES // whole, 1), max(batch_size, 1))
+        # Even rows, then odd ones, and so the columns: what tiles see at one place lies in long runs. What surrounds
+        # the image is written here, once, and stays 0.
+        padded = (2, self.down + 1, 2, self.across + 1, self.slice_images, self.channels)
+        self.padded = np.zeros(padded, dtype)
+        self.d_padded = np.empty(math.prod(padded), dtype)
         tiles = self.slice_images * self.slice_rows * self.across
         self.halfway = np.empty(8 * (tiles + self.slice_images * self.slice_rows) * self.channels, dtype)
         # What the products read: of the whole batch, for `gradients`, where that is not too much.
@@ -86,24 +98,30 @@ class Winograd:
         self.d_seen = np.empty(16 * tiles * self.channels, dtype)
         self.part = np.empty(4 * (tiles + self.slice_images * self.slice_rows) * self.channels, dtype)
         self.products = np.empty(16 * tiles * self.filters, dtype)
-        self.folded = np.empty(8 * tiles * self.filters, dtype)
         self.ones = np.ones(tiles, dtype)
+        self.turned = np.empty((16, self.filters, self.channels), dtype)
         self.d_factors = np.empty((2, 16, self.channels, self.filters), dtype)
         self.d_bias_part = np.empty(self.filters, dtype)
-        odd = (2 * self.down, 2 * self.across) != (self.rows, columns)
-        self.d_whole = np.empty(4 * tiles * self.filters if odd else 0, dtype)
 
     def convolve(self, x: FloatArray, kernels: FloatArray, bias: Sequence[FloatArray], out: FloatArray) -> None:
-        """x (n, *input_shape), kernels (16, channels, filters) from `factors` -> out (n, *output_shape)."""
+        """x (n, *input_shape), kernels (16, channels, filters) from `factors` -> out (n, *output_shape).
+
+        A pooling is given y instead, and nothing is written to `out`.
+        """
         kept = self._is_kept(len(x))
         for number, (images, top, stop) in enumerate(self._blocks(len(x))):
-            shape = (images.stop - images.start, stop - top, self.across)
+            shape = (stop - top, self.across, images.stop - images.start)
             seen = self._see(x, number if kept else 0, images, top, shape)
-            products = self.products[: 16 * seen.shape[1] * self.filters].reshape(16, -1, self.filters)
-            np.matmul(seen, kernels, out=products)
+            products = self._take(self.products, 4, 4, *shape, self.filters)
+            np.matmul(seen, kernels, out=products.reshape(16, -1, self.filters))
             for values in bias:  # the product (1, 1) is in all four outputs, once
-                np.add(products[5], values, out=products[5])
-            self._fold(products.reshape(4, 4, *shape, self.filters), self._quarters(out[images], top, stop))
+                np.add(products[1, 1], values, out=products[1, 1])
+            y = _fold(products)
+            if self.pooling:
+                self.pooling.pool(images, _by_image(y))
+                continue
+            for quarter, target in self._quarters(y, out[images], top):
+                np.copyto(target, quarter)
 
     def gradients(
         self, x: FloatArray, kernels: FloatArray, dy: FloatArray, d_weight: FloatArray, d_bias: Sequence[FloatArray],
@@ -122,23 +140,24 @@ class Winograd:
         total[...] = 0
         for values in d_bias:
             values[...] = 0
+        np.copyto(self.turned, kernels.transpose(0, 2, 1))  # a transposed factor makes a product a fifth slower
         for number, (images, top, stop) in enumerate(self._blocks(len(x))):
-            shape = (images.stop - images.start, stop - top, self.across)
+            shape = (stop - top, self.across, images.stop - images.start)
             if kept:
                 seen = self._take(self.seen[number], 16, math.prod(shape), self.channels)
             else:
                 seen = self._see(x, 0, images, top, shape)
-            d_products = self._unfold(self._quarters(dy[images], top, stop), shape)
+            d_products = self._unfold(dy, images, top, shape)
             np.matmul(seen.transpose(0, 2, 1), d_products, out=part)
             np.add(total, part, out=total)
             for values in d_bias:
                 np.dot(self.ones[: seen.shape[1]], d_products[5], out=self.d_bias_part)
                 np.add(values, self.d_bias_part, out=values)
-            d_seen = self.d_seen[: seen.size].reshape(seen.shape)
-            np.matmul(d_products, kernels.transpose(0, 2, 1), out=d_seen)
-            self._scatter(d_seen.reshape(4, 4, *shape, self.channels), top)
-            if stop == self.down:
-                for source, target in self._places(self.d_padded, dx[images]):
+            d_seen = self._take(self.d_seen, *seen.shape)
+            np.matmul(d_products, self.turned, out=d_seen)
+            d_padded = self._scatter(d_seen.reshape(4, 4, *shape, self.channels), top)
+            if top + shape[0] == self.down:
+                for source, target in self._places(d_padded, dx[images]):
                     np.copyto(target, source)
         np.matmul(FACTORS_BOTH.T.astype(total.dtype), total.reshape(16, -1), out=d_weight.reshape(9, -1))
 
@@ -155,112 +174,134 @@ class Winograd:
 
     def _see(self, x: FloatArray, number: int, images: slice, top: int, shape: Shape) -> FloatArray:
         """What the 16 products read, (16, tiles, channels): the differences and sums of d in both directions."""
-        count, rows, columns = shape
+        rows, columns, count = shape
+        padded = self.padded[..., :count, :]
         if top == 0:
-            for target, source in self._places(self.padded, x[images]):
+            for target, source in self._places(padded, x[images]):
                 np.copyto(target, source)
-        padded = self.padded[:count, 2 * top : 2 * (top + rows) + 2]
-        halfway = self._take(self.halfway, 4, count, rows, *padded.shape[2:])
+        halfway = self._take(self.halfway, 4, rows, 2, columns + 1, count, self.channels)
         seen = self._take(self.seen[number], 4, 4, *shape, self.channels)
-        _differences([padded[:, k : k + 2 * rows : 2] for k in range(4)], halfway)
-        _differences(
-            [halfway[:, :, :, k % 2, k // 2 : k // 2 + columns] for k in range(4)], seen.swapaxes(0, 1)
-        )  # fmt: skip
+        with _small_buffers():
+            _differences([padded[k % 2, top + k // 2 : top + k // 2 + rows] for k in range(4)], halfway)
+            _differences([halfway[:, :, k % 2, k // 2 : k // 2 + columns] for k in range(4)], seen.swapaxes(0, 1))
         return seen.reshape(16, -1, self.channels)
 
-    def _scatter(self, d_seen: FloatArray, top: int) -> None:
-        """Add dL/d(B^T d B) (4, 4, n, rows, columns, channels), which is written over, to dL/dd in `d_padded`."""
-        _, _, count, rows, columns, channels = d_seen.shape
-        halfway = self._take(self.halfway, 4, count, rows, 2, columns + 1, channels)
-        part = self._take(self.part, 4, count, rows, columns, channels)
-        halfway[:, :, :, :, 0] = 0
-        _add_differences(d_seen.swapaxes(0, 1), halfway[:, :, :, 0], halfway[:, :, :, 1], part, axis=3)
-        d_padded = self.d_padded[:count, 2 * top : 2 * (top + rows) + 2]
-        if top == 0:
-            d_padded[:, :2] = 0
-        part = self._take(self.part, count, rows, 2, columns + 1, channels)
-        _add_differences(halfway, d_padded[:, 0::2], d_padded[:, 1::2], part, axis=1)
+    def _scatter(self, d_seen: FloatArray, top: int) -> FloatArray:
+        """Add dL/d(B^T d B) (4, 4, rows, columns, n, channels), which is written over, to dL/dd laid out as `padded`.
+
+        That is begun anew where `top` is 0.
+        """
+        _, _, rows, columns, count, channels = d_seen.shape
+        halfway = self._take(self.halfway, 4, rows, 2, columns + 1, count, channels)
+        part = self._take(self.part, 4, rows, columns, count, channels)
+        with _small_buffers():
+            _add_differences(d_seen.swapaxes(0, 1), halfway[:, :, 0], halfway[:, :, 1], part, axis=2, anew=True)
+        d_padded = self._take(self.d_padded, 2, self.down + 1, 2, self.across + 1, count, channels)
+        part = self._take(self.part, rows, 2, columns + 1, count, channels)
+        even, odd = d_padded[:, top : top + rows + 1]
+        with _small_buffers():
+            _add_differences(halfway, even, odd, part, axis=0, anew=top == 0)
+        return d_padded
 
     def _places(self, padded: FloatArray, images: FloatArray) -> Iterator[tuple[FloatArray, FloatArray]]:
-        """Where in `padded` every second column of the images lies, and these columns."""
-        down, across = self.before
-        inside = padded[: len(images), down : down + self.height]
-        for j in (0, 1):
-            first, columns = across + j, -(-(self.width - j) // 2)
-            yield inside[:, :, first % 2, first // 2 : first // 2 + columns], images[:, :, j::2]
+        """Where in `padded` every second row and column of the images lies, and these: both (rows, columns, n, ...)."""
+        for i in (0, 1):
+            for j in (0, 1):
+                pixels = images[:, i::2, j::2].transpose(1, 2, 0, 3)
+                rows, columns = pixels.shape[:2]
+                (row, row_parity), (column, column_parity) = (
+                    divmod(self.before[0] + i, 2),
+                    divmod(self.before[1] + j, 2),
+                )
+                yield padded[row_parity, row : row + rows, column_parity, column : column + columns], pixels
 
     @staticmethod
     def _take(buffer: FloatArray, *shape: int) -> FloatArray:
         """The beginning of a buffer as an array of this shape."""
         return buffer[: math.prod(shape)].reshape(shape)
 
-    def _quarters(self, maps: FloatArray, top: int, stop: int) -> list[list[FloatArray]]:
-        """The four outputs of the tiles in rows `top` to `stop`; at an odd edge some tiles have fewer."""
-        return [[quarter[:, top:stop] for quarter in pair] for pair in quarters(maps, self.tiled)]
+    def _quarters(self, tiles: FloatArray, maps: FloatArray, top: int) -> Iterator[tuple[FloatArray, FloatArray]]:
+        """Tiles (2, 2, rows, columns, n, filters) and where each output is in maps (n, *output_shape), part by part.
 
-    def _fold(self, products: FloatArray, out: list[list[FloatArray]]) -> None:
-        """The outputs from the products (4, 4, n, rows, columns, filters): first over rows, then over columns."""
-        folded = self.folded[: products.size // 2].reshape(2, *products.shape[1:])
-        np.add(products[0], products[1], out=folded[0])
-        np.add(folded[0], products[2], out=folded[0])
-        np.subtract(products[1], products[2], out=folded[1])
-        np.subtract(folded[1], products[3], out=folded[1])
-        for (m_0, m_1, m_2, m_3), (even, odd) in zip(folded, out, strict=True):
-            np.add(m_0, m_1, out=m_0)
-            np.subtract(m_1, m_2, out=m_1)
-            for first, second, operation, target in ((m_0, m_2, np.add, even), (m_1, m_3, np.subtract, odd)):
-                rows, columns = target.shape[1:3]  # an odd row or column more than there are outputs is left out
-                operation(first[:, :rows, :columns], second[:, :rows, :columns], out=target)
+        At an odd edge some tiles have fewer outputs.
+        """
+        for i in (0, 1):
+            for j in (0, 1):
+                target = maps[:, 2 * top + i : 2 * (top + tiles.shape[2]) : 2, j::2].transpose(1, 2, 0, 3)
+                yield tiles[i, j, : target.shape[0], : target.shape[1]], target
 
-    def _unfold(self, dy: list[list[FloatArray]], shape: Shape) -> FloatArray:
-        """dL/dm (16, tiles, filters): first over rows, then over columns; beyond the outputs dy is 0."""
-        size = math.prod(shape) * self.filters
-        products = self.products[: 16 * size].reshape(4, 4, *shape, self.filters)
-        if dy[1][1].shape[1:3] != shape[1:]:
-            dy = self._whole(dy, self.d_whole[: 4 * size].reshape(2, 2, *shape, self.filters))
-        folded = self.folded[: 8 * size].reshape(4, 2, *shape, self.filters)
-        for j in (0, 1):
-            _spread(dy[0][j], dy[1][j], folded[:, j])
-        _spread(folded[:, 0], folded[:, 1], products.swapaxes(0, 1))
+    def _unfold(self, dy: FloatArray, images: slice, top: int, shape: Shape) -> FloatArray:
+        """dL/dm (16, tiles, filters); beyond the outputs dy is 0.
+
+        The four products at the corners are in one output each, whose dy they get as it is.
+        """
+        products = self._take(self.products, 4, 4, *shape, self.filters)
+        corners = products[::3, ::3]
+        if self.pooling:
+            self.pooling.spread(images, _by_image(corners))
+        else:
+            if (2 * self.down, 2 * self.across) != (self.rows, self.columns):
+                corners[...] = 0
+            for quarter, source in self._quarters(corners, dy[images], top):
+                np.copyto(quarter, source)
+        np.add(products[::3, 0], products[::3, 3], out=products[::3, 1])
+        np.subtract(products[::3, 0], products[::3, 3], out=products[::3, 2])
+        np.add(products[0], products[3], out=products[1])
+        np.subtract(products[0], products[3], out=products[2])
         return products.reshape(16, -1, self.filters)
 
-    def _whole(self, dy: list[list[FloatArray]], whole: FloatArray) -> list[list[FloatArray]]:
-        """The quarters of an image of odd size as if it went on with zeros."""
-        whole[...] = 0
-        for pair, target_pair in zip(dy, whole, strict=True):
-            for quarter, target in zip(pair, target_pair, strict=True):
-                target[:, : quarter.shape[1], : quarter.shape[2]] = quarter
-        return [list(pair) for pair in whole]
+
+@contextmanager
+def _small_buffers() -> Iterator[None]:
+    """NumPy's buffers are of BUFFER_ELEMENTS meanwhile."""
+    usual = np.setbufsize(BUFFER_ELEMENTS)
+    try:
+        yield
+    finally:
+        np.setbufsize(usual)
 
 
-def _spread(first: FloatArray, second: FloatArray, out: FloatArray) -> None:
-    """dL/dm_0 to dL/dm_3 of y_0 = m_0 + m_1 + m_2 and y_1 = m_1 - m_2 - m_3."""
-    np.copyto(out[0], first)
-    np.add(first, second, out=out[1])
-    np.subtract(first, second, out=out[2])
-    np.negative(second, out=out[3])
+def _by_image(tiles: FloatArray) -> FloatArray:
+    """Tiles (2, 2, rows, columns, n, filters) seen as (n, 2, 2, rows, columns, filters)."""
+    return tiles.transpose(4, 0, 1, 2, 3, 5)
+
+
+def _fold(products: FloatArray) -> FloatArray:
+    """The outputs (2, 2, ...) from the products (4, 4, ...), which are written over: first rows, then columns."""
+    for m_0, m_1, m_2, m_3 in (products, products[:2].swapaxes(0, 1)):
+        np.add(m_0, m_1, out=m_0)
+        np.add(m_0, m_2, out=m_0)
+        np.subtract(m_1, m_2, out=m_1)
+        np.add(m_1, m_3, out=m_1)
+    return products[:2, :2]
 
 
 def _differences(d: Sequence[FloatArray], out: FloatArray) -> None:
-    """d_0 - d_2, d_1 + d_2, d_2 - d_1 and d_1 - d_3 into out[0] to out[3]."""
+    """d_0 - d_2, d_1 + d_2, d_2 - d_1 and d_3 - d_1 into out[0] to out[3]."""
     np.subtract(d[0], d[2], out=out[0])
     np.add(d[1], d[2], out=out[1])
     np.subtract(d[2], d[1], out=out[2])
-    np.subtract(d[1], d[3], out=out[3])
+    np.subtract(d[3], d[1], out=out[3])
 
 
-def _add_differences(m: FloatArray, even: FloatArray, odd: FloatArray, part: FloatArray, axis: int) -> None:
+def _add_differences(m: FloatArray, even: FloatArray, odd: FloatArray, part: FloatArray, axis: int, anew: bool) -> None:
     """dL/dd of what `_differences` made: of tile t, d_0 and d_2 are even[t] and even[t + 1], d_1 and d_3 are odd's.
 
-    Along `axis` of even and odd, which have one more than m has tiles. Their first is added to and the others are
-    written anew; m[1] is written over.
+    dL/dd_0 = m_0, dL/dd_1 = m_1 - m_2 - m_3, dL/dd_2 = m_1 + m_2 - m_0 and dL/dd_3 = m_3. Along `axis` even and odd
+    have one more than m has tiles. Their first is added to unless they are made `anew`; m[1] is written over.
     """
-    behind = (*(slice(None),) * axis, slice(1, None))
-    here = (*(slice(None),) * axis, slice(None, -1))
+    first, last, here, behind = (
+        (*(slice(None),) * axis, cut) for cut in (slice(0, 1), slice(-1, None), slice(1, None), slice(None, -1))
+    )
+    inner = (*(slice(None),) * axis, slice(1, -1))
     np.add(m[1], m[2], out=part)
-    np.subtract(part, m[0], out=even[behind])
-    np.add(even[here], m[0], out=even[here])
-    np.negative(m[3], out=odd[behind])
+    np.subtract(part, m[0], out=part)
     np.subtract(m[1], m[2], out=m[1])
-    np.add(m[1], m[3], out=m[1])
-    np.add(odd[here], m[1], out=odd[here])
+    np.subtract(m[1], m[3], out=m[1])
+    for target, own, of_the_one_before in ((even, m[0], part), (odd, m[1], m[3])):
+        if anew:
+            np.copyto(target[first], own[first])
+        else:
+            np.add(target[first], own[first], out=target[first])
+        np.add(own[here], of_the_one_before[behind], out=target[inner])
+        np.copyto(target[last], of_the_one_before[last])
