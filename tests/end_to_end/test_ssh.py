@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.mpi.hosts import Hosts, make_hosts, why_not
+from tests.mpi.hosts import Hosts, enter, make_hosts, why_not
 from tests.mpi.jobs import write_data, write_job
 
 WAIT_SECONDS = 100.0
@@ -30,7 +30,7 @@ class Served:
     """A coordinator on the first of the hosts; its verbs are typed there."""
 
     def __init__(self, hosts: Hosts, host_file: Path, state: Path) -> None:
-        self._enter = hosts[0].enter()
+        self._enter = enter(hosts[0])
         self._server = f"{hosts[0].address}:{PORT}"
         words = ["--listen", self._server, "--http", "127.0.0.1:0", "--insecure", "--state", str(state)]
         options = (f"hosts={host_file}", f"ssh-config={hosts.folder / 'ssh_config'}")

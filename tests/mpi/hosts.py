@@ -54,10 +54,6 @@ class Host:
                     found.append(pid)
         return found
 
-    def enter(self) -> list[str]:
-        """The words before a command that is to run on it."""
-        return _enter(self)
-
     def slow_down(self, megabits_per_second: float) -> None:
         """Let its link carry so much each way (a token bucket, tc-tbf(8), with room for 50 ms)."""
         burst_bytes = max(16_000, int(megabits_per_second * 1e6 / 8 * 0.002))
