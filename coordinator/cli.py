@@ -97,7 +97,18 @@ def serve(
     data_root: Annotated[
         list[str], typer.Option(metavar="DIR_OR_URL", help="Jobs may read data only below it; may be given again.")
     ] = [],  # noqa: B006  # Typer copies it
-    slots: Annotated[int | None, typer.Option(min=1, help="Workers that may run at once; the cores here.")] = None,
+    slots: Annotated[
+        int | None, typer.Option(min=1, help="Workers that may run at once; the launcher's cores.")
+    ] = None,
+    launcher: Annotated[
+        str, typer.Option(metavar="NAME", help="How jobs are started: local, ssh, slurm, kubernetes.")
+    ] = "local",
+    launcher_option: Annotated[
+        list[str],
+        typer.Option(
+            metavar="NAME=VALUE", help="Such as partition=cpu; may be given again. A wrong name lists them all."
+        ),
+    ] = [],  # noqa: B006  # Typer copies it
     store: Annotated[
         str,
         typer.Option(envvar=STORE, metavar="URL", help="PostgreSQL for the jobs, in place of SQLite in --state."),
@@ -119,14 +130,15 @@ def serve(
 ) -> None:
     """Start a coordinator: takes jobs, queues and launches them."""
     from coordinator.certificates import TlsFiles
-    from coordinator.launchers.local import available_cores
     from coordinator.serve import serve
 
     if (tls_certificate is None) != (tls_key is None) or (tls_client_ca and tls_certificate is None):
         raise typer.BadParameter("--tls-certificate and --tls-key go together, and --tls-client-ca with both")
     tls = TlsFiles(tls_certificate, tls_key, tls_client_ca) if tls_certificate and tls_key else None
     here = state or default_state()
-    raise typer.Exit(serve(listen, http, here, data_root, slots or available_cores(), store, limit, tls, insecure))
+    raise typer.Exit(
+        serve(listen, http, here, data_root, slots, store, limit, tls, insecure, launcher, launcher_option)
+    )
 
 
 @app.command()

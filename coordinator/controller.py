@@ -244,6 +244,7 @@ class Controller:
             try:
                 exit_code = run.running.poll()
                 if exit_code is None or run.busy:
+                    self._take_in_observed(job, run)
                     continue
                 end = self._end(job, run, exit_code)
             except TimeoutError as fault:  # the launcher ended and a rank cannot be killed: stuck in the kernel
@@ -251,6 +252,13 @@ class Controller:
                 end = jobs.Stopped(str(fault)) if cancelling else jobs.Broke("ProcessesRemain", str(fault))
             self._move(job, end)
             del self._runs[job_id]
+
+    def _take_in_observed(self, job: Job, run: Run) -> None:
+        """Say why a launch that another system was given has not come to its first step."""
+        if job.state is not JobState.STARTING or run.busy or (seen := run.running.observed()) is None:
+            return
+        if (job.reason, job.message) != seen:
+            self._move(job, seen)
 
     def _end(self, job: Job, run: Run, exit_code: int) -> Event:
         """What the end of a job's processes means."""
@@ -266,12 +274,14 @@ class Controller:
             try:
                 return jobs.Finished(folder.summary())
             except SummaryUnreadable as fault:
-                return jobs.Broke("NoSummary", f"{fault}; `paceline logs {job.id}` shows what its ranks said")
+                no_summary = f"{fault}; `paceline logs {job.id}` shows what its ranks said"
+                if self._launcher.explain(run.running, exit_code, folder.logs).reason != "HostLost":
+                    return jobs.Broke("NoSummary", no_summary)
         if exit_code == ExitCode.INTERRUPTED:
             if job.pausing:
                 return jobs.Paused("paused; its ranks wrote a checkpoint and left")
             return recovery.after_loss(job, "Interrupted", "a rank was told to end by a signal, and all left")
-        cause = self._launcher.explain(exit_code, folder.logs)
+        cause = self._launcher.explain(run.running, exit_code, folder.logs)
         if job.pausing and recovery.is_retried(cause.reason, cause.message, cause.exit_code):
             return jobs.Paused("paused without another checkpoint: " + cause.message)
         last_lines = "".join(f"\n  {line}" for line in cause.last_lines)
@@ -329,7 +339,8 @@ class Controller:
             self._wake.set()
             return
         self._runs[job.id] = Run(running)
-        self._move(job, jobs.Launched(running.process))
+        if running.process is not None:
+            self._move(job, jobs.Launched(running.process))
 
     def _stop_unwanted(self) -> None:
         for job_id, run in self._runs.items():

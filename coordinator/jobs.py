@@ -35,6 +35,7 @@ class JobState(StrEnum):
 LAUNCHED = frozenset({JobState.STARTING, JobState.RUNNING, JobState.CANCELLING})  # these have processes
 PLACED = LAUNCHED | {JobState.RESTARTING}  # these hold their slots
 PAUSE_REQUESTED = "PauseRequested"
+HELD = "Held"  # begins the reason of a launched job that waits in the queue of another system, such as HeldForResources
 ENDED = frozenset({JobState.CANCELLED, JobState.SUCCEEDED, JobState.FAILED})
 
 
@@ -121,9 +122,16 @@ class Admitted(NamedTuple):
 
 
 class Launched(NamedTuple):
-    """The launcher runs."""
+    """The launcher runs, as a process of this machine."""
 
     process: Process
+
+
+class Observed(NamedTuple):
+    """The system that was given the launch says how far it is with it."""
+
+    reason: str
+    message: str
 
 
 class Reported(NamedTuple):
@@ -178,6 +186,7 @@ Event = (
     Waited
     | Admitted
     | Launched
+    | Observed
     | Reported
     | Finished
     | Broke
@@ -199,6 +208,7 @@ TRANSITIONS: Mapping[JobState, Mapping[type, JobState]] = MappingProxyType(
         },
         JobState.STARTING: {
             Launched: JobState.STARTING,
+            Observed: JobState.STARTING,
             Reported: JobState.RUNNING,
             Finished: JobState.SUCCEEDED,  # a job so short that its end was seen before its first report
             Broke: JobState.FAILED,
@@ -251,7 +261,10 @@ def submitted(job_id: str, spec: job_pb2.JobSpec, now: datetime, owner: str = ""
 
 
 def advance(job: Job, event: Event, now: datetime) -> Job:
-    """The job after the event; raises IllegalMove. History grows only when a state is entered anew."""
+    """The job after the event; raises IllegalMove.
+
+    History grows only when a state is entered anew, or when the queue of another system takes or lets go of a launch.
+    """
     state = TRANSITIONS[job.state].get(type(event))
     if state is None:
         raise IllegalMove(job, event)
@@ -266,6 +279,11 @@ def advance(job: Job, event: Event, now: datetime) -> Job:
             reason, message = "Launching", f"launching {job.slots} {'rank' if job.slots == 1 else 'ranks'}"
             if job.attempt > 1:
                 message += f", attempt {job.attempt}"
+        case Observed(reason, message):
+            if job.pausing:
+                return job
+            if is_held(reason) == is_held(job.reason):
+                return replace(job, reason=reason, message=message)
         case Reported():
             if not job.pausing:
                 reason, message = "Training", "the ranks report progress"
@@ -299,6 +317,11 @@ def advance(job: Job, event: Event, now: datetime) -> Job:
         job = replace(job, token_digest=None, process=None, queue_position=0)
     change = StateChange(state, reason, message, now)
     return replace(job, history=(*job.history, change), reason=reason, message=message)
+
+
+def is_held(reason: str) -> bool:
+    """Whether a launched job of this reason has no processes yet: another system's queue has it."""
+    return reason.startswith(HELD)
 
 
 # ---------------------------------------------------------------------------------------------------------------- ids

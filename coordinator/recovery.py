@@ -26,6 +26,15 @@ RETRIED: Mapping[str, bool] = MappingProxyType(
         "LauncherKilled": True,
         "LaunchFailed": True,  # mpirun ended and nobody said why
         "Interrupted": True,  # somebody told a rank to end, as the system does when it goes down
+        "NodeFailed": True,  # Slurm's and Kubernetes' word for a machine that is gone
+        "Preempted": True,
+        "TimeLimitReached": True,  # of the system that ran it: goes on in another turn
+        "Forgotten": True,  # the system no longer knows it, and nobody wrote down how it ended
+        "OutOfMemory": False,
+        "CancelledElsewhere": False,  # by somebody who had a right to
+        "SubmitRefused": False,
+        "HostUnreachable": True,
+        "HostLost": True,
         "NotEnoughSlots": False,
         "WorkerMissing": False,
         "RootRefused": False,
@@ -93,11 +102,17 @@ def recovery_seconds(job: Job, now: datetime) -> float | None:
 
 def _failed_alike_at_once(job: Job, reason: str, first_line: str) -> bool:
     """Whether this launch and the one before ended before their first step, for one reason, in the same words."""
-    lately = job.history[-3:]
+    entered = [now for now, before in zip(job.history, (None, *job.history), strict=False) if not _is_same(now, before)]
+    lately = entered[-3:]
     if [change.state for change in lately] != [JobState.STARTING, JobState.RESTARTING, JobState.STARTING]:
         return False
     said = lately[1].message.partition("\n")[0].partition("; goes on from")[0]
     return (lately[1].reason, said) == (reason, first_line)
+
+
+def _is_same(change: StateChange, before: StateChange | None) -> bool:
+    """Whether it is the same stay in a state: another system's queue took the launch, or let go of it."""
+    return before is not None and change.state is before.state
 
 
 def _launch_before(history: tuple[StateChange, ...], place: int) -> StateChange:

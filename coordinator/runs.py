@@ -25,9 +25,12 @@ log = logging.getLogger("paceline.controller")
 
 
 class Running(Protocol):
-    """A started launch (launchers.local.Running)."""
+    """A started launch (launchers.local.Running, launchers.foreign.Running)."""
 
-    process: Process
+    @property
+    def process(self) -> Process | None: ...  # None where another system has the processes
+
+    def observed(self) -> jobs.Observed | None: ...  # how far another system is with it, where there is one
 
     def poll(self) -> int | None: ...
 
@@ -43,7 +46,7 @@ class Launcher(NamedTuple):
 
     start: Callable[[Job, str, JobFolder], Running]  # the job, its token, its folder; OSError or LauncherMissing
     adopt: Callable[[Job, JobFolder], Running | None]  # what another coordinator started; None where it had not
-    explain: Callable[[int, Path], Cause]  # exit code and log folder
+    explain: Callable[[Running, int, Path], Cause]  # what ended, its exit code and the log folder
 
 
 @dataclass

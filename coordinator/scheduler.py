@@ -15,7 +15,7 @@ from datetime import datetime
 from itertools import groupby
 from typing import NamedTuple
 
-from coordinator.jobs import LAUNCHED, PLACED, Job, JobState
+from coordinator.jobs import LAUNCHED, PAUSE_REQUESTED, PLACED, Job, JobState, is_held
 from coordinator.quotas import DEFAULT_QUOTAS, Quotas, reached
 from coordinator.recovery import launch_time
 
@@ -156,20 +156,25 @@ def _late(now: datetime, job: Job, capacity: Capacity) -> GiveUp | None:
         )
         return GiveUp(job.id, "DeadlineExceeded", message)
     waited_seconds = (now - job.state_time).total_seconds()
-    if job.state is not JobState.STARTING or waited_seconds <= capacity.start_deadline_seconds:
+    if job.state is not JobState.STARTING or is_held(job.reason) or waited_seconds <= capacity.start_deadline_seconds:
         return None
+    told = f"; {job.message}" if job.reason not in ("Launching", PAUSE_REQUESTED) else ""  # by who was to launch it
     message = (
-        f"no rank reported within {capacity.start_deadline_seconds:g} s of the launch; `paceline logs {job.id}` shows "
-        "how far the ranks came"
+        f"no rank reported within {capacity.start_deadline_seconds:g} s of the launch{told}; `paceline logs {job.id}` "
+        "shows how far the ranks came"
     )
     return GiveUp(job.id, "StartDeadlineExceeded", message)
 
 
 def _ran_seconds(job: Job, now: datetime) -> float:
-    """How long it was launched, all its attempts together."""
+    """How long it was launched, all its attempts together, without its stays in another system's queue."""
     ends = [*(change.time for change in job.history[1:]), now]
     stays = zip(job.history, ends, strict=True)
-    return sum((end - change.time).total_seconds() for change, end in stays if change.state in LAUNCHED)
+    return sum(
+        (end - change.time).total_seconds()
+        for change, end in stays
+        if change.state in LAUNCHED and not is_held(change.reason)
+    )
 
 
 def _count(number: int, noun: str) -> str:

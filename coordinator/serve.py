@@ -8,7 +8,6 @@ Settings arrive as arguments; the parts get clock, registry and paths from here 
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import queue
 import signal
@@ -36,26 +35,25 @@ from coordinator.clock import steady_clock
 from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, StoreUnusable, read_store, sqlite_at
 from coordinator.exposure import exposure_fault, exposure_warning, no_token_yet
-from coordinator.folders import JobFolder, write_atomically
 from coordinator.guard import Guard
 from coordinator.http_port import HttpPort, Refusal
-from coordinator.jobs import Job
 from coordinator.launchers import local
+from coordinator.launchers.options import OptionInvalid
+from coordinator.launching import Choice, choose, make_launcher, unreachable_warning
 from coordinator.metrics import Metrics
 from coordinator.metrics_guard import MetricsGuard
 from coordinator.quotas import DEFAULT_QUOTAS, Quotas, read_quotas
-from coordinator.runs import Launcher
 from coordinator.scheduler import Capacity
 from coordinator.service import CoordinatorService
 from coordinator.state_folder import CannotServe, locked
 from coordinator.store import Store
-from protos import coordinator_pb2, coordinator_pb2_grpc, environment
+from protos import coordinator_pb2, coordinator_pb2_grpc
 from protos.exit_codes import ExitCode
 from protos.urls import is_url
 
 STOP_LOOK_SECONDS = 0.5
 CLOSE_SECONDS = 2.0  # for calls that are still open when the coordinator stops
-ADDRESS = "address"  # where workers find the coordinator that is there now; they outlive one
+LOCAL = Choice()
 SERVICE_NAME = coordinator_pb2.DESCRIPTOR.services_by_name["CoordinatorService"].full_name
 _HEALTH = (health_pb2.HealthCheckResponse.NOT_SERVING, health_pb2.HealthCheckResponse.SERVING)
 
@@ -74,6 +72,7 @@ class Settings:
     store: sa.URL | None = None  # None: SQLite in the state folder
     quotas: Quotas = DEFAULT_QUOTAS
     tls: TlsFiles | None = None
+    launcher: Choice = LOCAL
     insecure: bool = False  # others may reach it without a certificate, and without tokens where none was made
     start_deadline_seconds: float = 60.0
     grace_seconds: float = 5.0
@@ -84,11 +83,13 @@ def serve(
     http: str,
     state: Path,
     data_roots: Sequence[str],
-    slots: int,
+    slots: int | None,
     store: str = "",
     limits: Sequence[str] = (),
     tls: TlsFiles | None = None,
     insecure: bool = False,
+    launcher: str = LOCAL.name,
+    launcher_options: Sequence[str] = (),
 ) -> int:
     """Run a coordinator until SIGTERM or SIGINT and return the exit code.
 
@@ -96,9 +97,11 @@ def serve(
     for the next coordinator on the same state folder.
 
     listen, http: `HOST:PORT`. state: the folder of the store and the jobs' files, made when it is missing.
-    data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once.
+    data_roots: where jobs may read data; none means anywhere. slots: how many ranks may run at once; None: as many as
+    the launcher has cores for.
     store: a PostgreSQL database in place of the SQLite file in the state folder. limits: `NAME=NUMBER` each, the names
     in quotas.LIMITS. tls: what the coordinator shows of itself. insecure: others may reach it all the same without.
+    launcher: a name in launching.LAUNCHERS; launcher_options: `NAME=VALUE` each, the names in its row.
     """
     logging.basicConfig(format="%(asctime)s %(levelname)s %(message)s", level=logging.INFO, stream=sys.stderr)
     stop: queue.SimpleQueue[int] = queue.SimpleQueue()  # an Event set by a handler can meet its own wait and lock up
@@ -108,7 +111,9 @@ def serve(
 
     previous = {number: signal.signal(number, asked) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        settings = read_settings(listen, http, state, data_roots, slots, store, limits, tls, insecure)
+        settings = read_settings(
+            listen, http, state, data_roots, slots, store, limits, tls, insecure, launcher, launcher_options
+        )
         with running(settings) as coordinator:
             print(coordinator.ready_line(), flush=True)
             coordinator.ends_jobs = _first(stop) != signal.SIGTERM
@@ -133,11 +138,13 @@ def read_settings(
     http: str,
     state: Path,
     data_roots: Sequence[str],
-    slots: int,
+    slots: int | None,
     store: str = "",
     limits: Sequence[str] = (),
     tls: TlsFiles | None = None,
     insecure: bool = False,
+    launcher: str = LOCAL.name,
+    launcher_options: Sequence[str] = (),
 ) -> Settings:
     """Check what was typed, raising CannotServe; --insecure is told what it means."""
     try:
@@ -149,7 +156,7 @@ def read_settings(
         raise CannotServe(refused, ExitCode.USAGE)
     if warning := exposure_warning(reached, tls is not None):
         print(f"warning: {warning}", file=sys.stderr)
-    if slots < 1:
+    if slots is not None and slots < 1:
         raise CannotServe(f"--slots: {slots} is not at least 1", ExitCode.USAGE)
     try:
         url = read_store(store) if store else None
@@ -164,11 +171,29 @@ def read_settings(
             raise CannotServe(f"--data-root: {root} is not a folder", ExitCode.USAGE)
     try:
         mpirun, worker = local.find_mpirun(), local.find_worker()
+        choice, room = choose(launcher, launcher_options, state.absolute())
     except local.LauncherMissing as fault:
         raise CannotServe(str(fault)) from fault
+    except OptionInvalid as fault:
+        raise CannotServe(str(fault), ExitCode.USAGE) from fault
+    if choice.bounded and slots is not None and slots > room:
+        raise CannotServe(f"--slots: {slots} is above {room}, what the host file has in all", ExitCode.USAGE)
+    if warning := unreachable_warning(listen_address, choice):
+        print(f"warning: {warning}", file=sys.stderr)
     roots = tuple(root if is_url(root) else Path(root).resolve() for root in data_roots)
     return Settings(
-        listen_address, http_address, state.absolute(), roots, slots, mpirun, worker, url, quotas, tls, insecure
+        listen_address,
+        http_address,
+        state.absolute(),
+        roots,
+        slots or room,
+        mpirun,
+        worker,
+        store=url,
+        quotas=quotas,
+        tls=tls,
+        insecure=insecure,
+        launcher=choice,
     )
 
 
@@ -201,7 +226,16 @@ class Coordinator:
             raise
         self.controller = Controller(
             store=store,
-            launcher=_launcher(settings, self.grpc_address.for_this_machine(), self._certificates),
+            launcher=make_launcher(
+                settings.launcher,
+                mpirun=settings.mpirun,
+                worker=settings.worker,
+                state=settings.state,
+                listening=self.grpc_address,
+                certificates=self._certificates,
+                data_roots=settings.data_roots,
+                job_parameters=settings.quotas.job_parameters,
+            ),
             metrics=metrics,
             changes=self._changes,
             state=settings.state,
@@ -312,54 +346,3 @@ def _grpc_server(
     except RuntimeError as fault:  # taken since the check
         raise AddressUnusable(f"--listen: cannot listen on {listen}: {fault}") from fault
     return server, servicer, Address(listen.host, port)
-
-
-def _launcher(settings: Settings, coordinator: Address, certificates: Certificates | None) -> Launcher:
-    """Starts `paceline-worker` through mpirun on this machine."""
-    cores = local.available_cores()
-    address_file = settings.state / ADDRESS
-    write_atomically(address_file, f"{coordinator}\n")
-
-    def start(job: Job, secret: str, folder: JobFolder) -> local.Running:
-        arguments = ["train", str(folder.job_file), "-o", str(folder.output), "--log-dir", str(folder.logs)]
-        if folder.has_checkpoint:
-            arguments.append("--resume")
-        forwarded = {
-            environment.COORDINATOR_ADDRESS: str(coordinator),
-            environment.COORDINATOR_ADDRESS_FILE: str(address_file),
-            environment.JOB_ID: job.id,
-            environment.JOB_ATTEMPT: str(job.attempt),
-            environment.JOB_TOKEN: secret,
-        }
-        if certificates is not None:
-            forwarded |= _tls_of_workers(certificates)
-        if settings.data_roots:
-            forwarded[environment.DATA_ROOTS] = json.dumps([str(root) for root in settings.data_roots])
-        if settings.quotas.job_parameters:
-            forwarded[environment.PARAMETERS_ALLOWED] = str(settings.quotas.job_parameters)
-        launch = local.render(
-            mpirun=settings.mpirun,
-            worker=settings.worker,
-            ranks=job.slots,
-            cores=cores,
-            arguments=arguments,
-            forwarded=forwarded,
-        )
-        return local.start(launch, folder.logs, job.attempt)
-
-    def adopt(job: Job, folder: JobFolder) -> local.Running | None:
-        return local.adopt(folder.logs, job.attempt)
-
-    return Launcher(start, adopt, local.explain)
-
-
-def _tls_of_workers(certificates: Certificates) -> dict[str, str]:
-    """How workers know this coordinator: by its very certificate. Where clients must show one, they show the same."""
-    files = certificates.files
-    forwarded = {
-        environment.COORDINATOR_CERTIFICATE: str(files.certificate.absolute()),
-        environment.COORDINATOR_NAME: certificates.name,
-    }
-    if files.client_ca is not None:
-        forwarded[environment.COORDINATOR_KEY] = str(files.key.absolute())
-    return forwarded

@@ -28,9 +28,8 @@ from worker.invitation import Invitation
 from worker.join import read_text
 from worker.metrics import MetricSums
 from worker.preparation import prepare
-from worker.sync.exchange_stream import words
+from worker.sync.exchange_stream import check_ranges, words
 from worker.sync.guest import describe
-from worker.sync.parameter_server import check_ranges
 from worker.sync.server_connection import SERVICE, Server
 from worker.wire import as_array, decode
 

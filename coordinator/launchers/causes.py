@@ -26,9 +26,20 @@ KILLED = re.compile(
 )
 EXITED = re.compile(r"Process name: \[[^\]]*,(?P<rank>\d+)\] Exit code: +(?P<code>\d+)")
 ABORTED = re.compile(r"has exited due to process rank (?P<rank>\d+) .*calling \"abort\"")
+# Which of these comes is chance where a host dies; after the first, mpirun's exit code may be 0.
+HOST_LOST = re.compile(r"lost communication with a remote daemon\..*? Remote daemon *: \S+ on node (?P<host>\S+)")
+PEER_LOST = re.compile(r"communication peer process has unexpectedly disconnected\..*? Peer host: +(?P<host>\S+)")
+DAEMON_LOST = re.compile(r"daemon failed to report back after being spawned\..*? Remote host: +(?P<host>\S+)")
 GONE = re.compile(r"^error: rank (?P<rank>\d+) of \d+ on \S+: gone (?P<place>in [^;]*);", re.M)  # said by a survivor
 OWN_FAULT = re.compile(r"rank (?P<rank>\d+)(?: of \d+)?(?: on \S+)?: ")
 LAUNCHER_FAULTS = (
+    (
+        re.compile(
+            r"(?:^| )host (?P<host>\S+) cannot be used: (?P<fault>.*?)(?= host \S+ cannot be used: |$)"
+        ),  # reach.py
+        "HostUnreachable",
+        "host {host} cannot be used: {fault}",
+    ),
     (
         re.compile(r"not enough slots available in the system to satisfy the (?P<slots>\d+) slots"),
         "NotEnoughSlots",
@@ -78,6 +89,9 @@ def _cause(exit_code: int, log_dir: Path) -> Cause:
     said = " ".join(" ".join(launcher_lines).split())
     errors = {rank: line for rank, lines in logs.items() if (line := _error_line(lines))}
 
+    if lost := HOST_LOST.search(said):  # whatever its peers made of it
+        message = f"mpirun lost host {lost['host']} in the middle of the run"
+        return Cause("HostLost", message, None, exit_code, None, _last_of_each(logs))
     if (killed := KILLED.search(said)) and int(killed["rank"]) not in errors:
         return _killed_rank(killed, exit_code, logs)
     if errors:
@@ -102,6 +116,14 @@ def _cause(exit_code: int, log_dir: Path) -> Cause:
         return Cause(
             "RankAborted", f"rank {rank} stopped the job{_final_words(lines)}", rank, exit_code, None, _last(lines)
         )
+    if daemon := DAEMON_LOST.search(said):
+        message = (
+            f"mpirun has no daemon on host {daemon['host']}: the host died, or a firewall keeps it from calling back"
+        )
+        return Cause("HostLost", message, None, exit_code, None, _last_of_each(logs))
+    if peer := PEER_LOST.search(said):
+        message = f"a rank on host {peer['host']} is gone without a word: it, or its host, has died"
+        return Cause("HostLost", message, None, exit_code, None, _last_of_each(logs))
     message = f"mpirun ended with exit code {exit_code}{_final_words(launcher_lines)}"
     return Cause("LaunchFailed", message, None, exit_code, None, _last(launcher_lines))
 

@@ -3,6 +3,11 @@
 It is a program of its own (`python -I -S keeper.py RECORD FOLDER FOLDER PROGRAM ARGUMENT...`), leads the launch's
 session and is the parent of `mpirun`, so that somebody is there to learn its exit code.
 
+Where another system starts and ends it (`keeper.py --hosted RECORD PROGRAM ARGUMENT...`, in a batch job of Slurm's or
+as the first process of a container), it may lead no session, and SIGTERM comes with a grace: to it alone, or to every
+process. Then the session is mpirun's own, which does not see SIGTERM, since it would kill its ranks a quarter of a
+second later; it is told SIGUSR1 instead, and the ranks write a checkpoint and leave.
+
 Rules: RECORD is made at one stroke and once, and without it nothing is run: whoever makes it first decides whether the
 launch happens. When `mpirun` has ended, so have its ranks before RECORD.ended says so. Nothing but the standard
 library, and little of that, since every launch waits for it.
@@ -19,6 +24,7 @@ from typing import NamedTuple
 
 ENDED = ".ended"  # behind the record's name: the exit code, negative for a signal
 VOID = "void\n"  # a record that was made so that no launch can
+HOSTED = "hosted "  # begins the record of a launch that another system started
 CANNOT_RUN = 126  # as shells say it
 
 _KILL_SECONDS = 5.0  # how long killed processes may take to disappear
@@ -35,7 +41,7 @@ class Stat(NamedTuple):
 
 
 def main(record: str, scratch: list[str], argv: list[str]) -> int:
-    """Run it and return its exit code as a shell would."""
+    """Run it in this session and return its exit code as a shell would."""
     asked: list[int] = []
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
         signal.signal(number, lambda got, _: asked.append(got))
@@ -58,6 +64,49 @@ def main(record: str, scratch: list[str], argv: list[str]) -> int:
     remaining = kill_session(own, but=own)
     if remaining:
         print(f"processes {remaining} are still there {_KILL_SECONDS:g} s after SIGKILL", file=sys.stderr)
+    return _end(record, scratch, code)
+
+
+def main_hosted(record: str, argv: list[str]) -> int:
+    """Run it in a session of its own, told to leave by SIGUSR1, and return its exit code as a shell would."""
+    asked: list[int] = []
+    child = 0
+
+    def hand_on(number: int, _: object) -> None:
+        asked.append(number)
+        if child:
+            os.kill(child, signal.SIGUSR1)
+
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, hand_on)
+    own = os.getpid()
+    scratch = f"{os.environ.get('TMPDIR', '/tmp')}/paceline-{own}-{time.time_ns() % 1_000_000_000}"
+    if not write_once(record, f"{HOSTED}{scratch}\n"):
+        return _RECORDED_BY_ANOTHER
+    os.mkdir(scratch, 0o700)  # or all launches of a user here would share one session folder
+    try:
+        child = os.posix_spawn(
+            argv[0],
+            argv,
+            {**os.environ, "TMPDIR": scratch},
+            setsid=True,
+            setsigmask=[signal.SIGTERM],  # the ranks see it all the same: mpirun starts them with no signal masked
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+    except OSError as fault:
+        print(f"cannot run {argv[0]}: {fault.strerror}", file=sys.stderr)
+        return _end(record, [scratch], CANNOT_RUN)
+    if asked:  # what came before there was a child
+        os.kill(child, signal.SIGUSR1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    session, child = child, 0  # its number may be another's from now on
+    if remaining := kill_session(session):
+        print(f"processes {remaining} are still there {_KILL_SECONDS:g} s after SIGKILL", file=sys.stderr)
+    return _end(record, [scratch], code)
+
+
+def _end(record: str, scratch: list[str], code: int) -> int:
+    """Write down how it ended."""
     _remove(scratch)
     with open(f"{record}{ENDED}.new", "w") as file:
         file.write(f"{code}\n")
@@ -120,4 +169,6 @@ def _remove(folders: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "--hosted":
+        sys.exit(main_hosted(sys.argv[2], sys.argv[3:]))
     sys.exit(main(sys.argv[1], sys.argv[2:4], sys.argv[4:]))

@@ -39,8 +39,10 @@ __all__ = [
     "explain",
     "find_mpirun",
     "find_worker",
+    "record_of",
     "render",
     "start",
+    "without_secrets",
 ]
 
 # A rank that waits by spinning would keep the core from the rank it waits for.
@@ -116,16 +118,22 @@ class Scratch:
     Left to themselves all launches of a user share one session folder, and one that ends can pull it from under one
     that starts ("The PMIx server's listener thread failed to start"); and a rank killed with SIGKILL leaves its shared
     memory behind.
+
+    Args:
+        one_machine: whether all ranks are here; other machines would look in vain for a folder for shared memory.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, one_machine: bool = True) -> None:
         memory = SHARED_MEMORY if os.access(SHARED_MEMORY, os.W_OK) else None
         # Short names: the sockets inside have at most 108 characters for their whole path.
         session = tempfile.mkdtemp(prefix="paceline-")
+        self.environment = {"TMPDIR": session}
+        if not one_machine:
+            self.folders = (session, session)
+            return
         shared_memory = tempfile.mkdtemp(prefix="paceline-", dir=memory)
         self.folders = (session, shared_memory)
-        self.environment = {
-            "TMPDIR": session,
+        self.environment |= {
             "OMPI_MCA_btl_sm_backing_directory": shared_memory,
             "OMPI_MCA_osc_sm_backing_directory": shared_memory,
         }
@@ -153,6 +161,9 @@ class Running:
         self._owns_session = child is not None or self._alive()
         self._exit_code: int | None = None
         self._lock = threading.Lock()
+
+    def observed(self) -> None:
+        """mpirun says nothing on the way; the ranks do."""
 
     def poll(self) -> int | None:
         """The exit code of mpirun, negative for the signal that killed it or its keeper; None while it runs.
@@ -213,21 +224,21 @@ class Running:
             return own_code or -signal.SIGKILL
 
 
-def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
+def start(launch: Launch, log_dir: Path, attempt: int = 1, one_machine: bool = True) -> Running:
     """Run it in a session of its own; what mpirun itself says goes to log_dir/launcher.log. OSError."""
     if not os.access(launch.argv[0], os.X_OK):
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), launch.argv[0])
     log_dir.mkdir(parents=True, exist_ok=True)
     if attempt > 1:
         begin_attempt(log_dir, attempt)
-    record = _record(log_dir, attempt)
-    scratch = Scratch()
+    record = record_of(log_dir, attempt)
+    scratch = Scratch(one_machine)
     command = [sys.executable, "-I", "-S", keeper.__file__, str(record.absolute()), *scratch.folders, *launch.argv]
     try:
         with open(log_dir / LAUNCHER_LOG, "ab") as log:
             child = subprocess.Popen(
                 command,
-                env={**_without_secrets(os.environ), **scratch.environment, **launch.environment},
+                env={**without_secrets(os.environ), **scratch.environment, **launch.environment},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -242,7 +253,7 @@ def start(launch: Launch, log_dir: Path, attempt: int = 1) -> Running:
     return Running(Process(child.pid, stat.start_ticks), record, scratch.folders, child)
 
 
-def _without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
+def without_secrets(variables: Mapping[str, str]) -> dict[str, str]:
     return {name: value for name, value in variables.items() if name not in SECRETS}
 
 
@@ -250,15 +261,20 @@ def adopt(log_dir: Path, attempt: int) -> Running | None:
     """A launch that another process started, whether it still runs or has ended.
 
     None where there was none, and from then on there will be none under this number.
+
+    Raises:
+        ValueError: it was started through another system, which alone knows of it.
     """
-    record = _record(log_dir, attempt)
+    record = record_of(log_dir, attempt)
     log_dir.mkdir(parents=True, exist_ok=True)
     if keeper.write_once(str(record), keeper.VOID) or (text := record.read_text()) == keeper.VOID:
         return None
+    if text.startswith(keeper.HOSTED):
+        raise ValueError("it was launched through another system; end it there, or start with that --launcher")
     numbers, *scratch = text.splitlines()
     pid, start_ticks = map(int, numbers.split())
     return Running(Process(pid, start_ticks), record, scratch)
 
 
-def _record(log_dir: Path, attempt: int) -> Path:
+def record_of(log_dir: Path, attempt: int) -> Path:
     return log_dir / f"attempt-{attempt}"

@@ -61,6 +61,10 @@ class Host:
         _run("tc", "qdisc", "replace", "dev", self.port, *shape)
         _run("ip", "netns", "exec", self.namespace, "tc", "qdisc", "replace", "dev", "eth0", *shape)
 
+    def crash(self) -> None:
+        """End everything on it at once, its sshd too."""
+        _kill_all(self)
+
     def unplug(self) -> None:
         """Cut its link."""
         _run("ip", "link", "set", self.port, "down")

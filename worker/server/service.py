@@ -130,7 +130,7 @@ class ParameterServer:
             if guest:
                 number = shard.welcome(number, *terms, _now())
             else:
-                shard.join(number, *terms)
+                shard.join(number, *terms, (request.samples, tuple(request.totals)))
                 self._addresses, self._ranks = list(request.addresses) or self._addresses, request.ranks
         except Refused as refusal:
             await context.abort(status_of(refusal), str(refusal))

@@ -97,17 +97,23 @@ class Shard:
         """Guests cannot join yet."""
         return self.awaits_workers or (self._own_pace is not None and self._own_pace.rate is None)
 
-    def join(self, worker: int, generation: int, parameter_count: int, layout_digest: str, step: int = 0) -> None:
+    def join(
+        self, worker: int, generation: int, parameter_count: int, layout_digest: str,
+        step: int = 0, answered: tuple[int, tuple[float, ...]] = (0, ()),
+    ) -> None:  # fmt: skip
         """Admit a worker of the same launch and the same model; joining twice is joining once.
 
         A shard back from a snapshot goes on at the furthest of the workers' steps, once it knows all. One that is a
-        step behind had no answer to its last push: it repeats it and gets the weights that there are.
+        step behind had no answer to its last push: it repeats it and gets the weights that there are, with the samples
+        and totals that others were `answered` in that step, since all decide by them.
         """
         self.members.check(worker, generation)
         self._check_model(worker, parameter_count, layout_digest)
         self.members.joined.add(worker)
         if self.awaits_workers:
             self._told[worker] = step
+            if step == max(self._told.values()):
+                self._samples, self._totals = answered
             if not self.awaits_workers:
                 self._go_on()
 

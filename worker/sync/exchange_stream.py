@@ -1,4 +1,4 @@
-"""A stream of messages to and from one server, with an end to the threads that gRPC runs it on; what its errors say.
+"""A stream of messages to and from one server, with an end to gRPC's threads; errors in words; who holds what.
 
 gRPC reads the messages to send in one thread and is told in another what comes in. Both are daemons: Python stops them
 where they are when it exits, perhaps within a lock that some object's end then waits for, and the process hangs.
@@ -10,10 +10,12 @@ import contextlib
 import queue
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import grpc
+
+from worker.errors import TrainingFault
 
 END_SECONDS = 10.0  # for both threads of a cancelled stream, which need milliseconds
 
@@ -74,3 +76,16 @@ def words(error: Exception) -> str:
     if code is grpc.StatusCode.DEADLINE_EXCEEDED:
         return "no answer in time"
     return details or str(code)
+
+
+def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
+    """Raise TrainingFault unless the servers (range, address) together hold each of `count` elements once."""
+    reached = 0
+    for elements, address in sorted(held, key=lambda pair: pair[0].start):
+        if elements.start != reached:
+            raise TrainingFault(
+                f"parameter server {address} begins at element {elements.start}, {reached} is next to hold"
+            )
+        reached = elements.stop
+    if reached != count:
+        raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")

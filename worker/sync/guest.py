@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import NotAllowedFault, TrainingFault, UnreachableFault
-from worker.sync.exchange_stream import words
-from worker.sync.parameter_server import JOIN_TIMEOUT_SECONDS, WEIGHTS, ParameterServerExchange, check_ranges
+from worker.sync.exchange_stream import check_ranges, words
+from worker.sync.parameter_server import JOIN_TIMEOUT_SECONDS, WEIGHTS, ParameterServerExchange
 from worker.sync.server_connection import Server
 from worker.wire import Float32, decode
 

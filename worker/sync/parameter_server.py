@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from protos import parameter_server_pb2 as pb
 from worker.data.sharding import samples_of
 from worker.errors import TrainingFault
-from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, lost, words
+from worker.sync.exchange_stream import END_SECONDS, ExchangeStream, check_ranges, lost, words
 from worker.sync.server_connection import SERVICE, Server, queued
 from worker.sync.server_wire import ChunkPush, Lossy, open_wire
 from worker.sync.statistics import Staleness
@@ -87,6 +87,7 @@ class ParameterServerExchange:
         self._ranks = ranks
         self.guests: tuple[int, ...] = ()  # that the next batch is to be cut for, as the shard of element 0 tells
         self.samples = 0  # that the totals of the last step are of, as it tells
+        self._summed: tuple[float, ...] = ()  # those totals
         self.dropped_guests = self._dropped_before = 0  # so far; by that shard's earlier processes
         self._expires = float("inf")  # on time.monotonic's scale; read by the watch
         self._expired = False
@@ -145,6 +146,7 @@ class ParameterServerExchange:
             worker=self._worker, generation=self._generation, parameter_count=len(self._parameters),
             layout_digest=self._layout_digest, step=self._step, wire_format=self.wire.wire_format,
             ranks=self._ranks, addresses=[other.address for other in self._servers],
+            totals=self._summed, samples=self.samples,
         )  # fmt: skip
         response = server.call("Join", request, pb.JoinResponse, timeout_seconds)
         server.range = range(response.start, response.stop)
@@ -326,6 +328,7 @@ class ParameterServerExchange:
             if head.offset == 0:
                 self.guests, self.samples = tuple(head.guests), head.samples
                 self.dropped_guests = self._dropped_before + head.dropped_guests
+                self._summed = tuple(head.totals)
                 if head.totals:
                     self._totals[:] = head.totals
 
@@ -384,16 +387,3 @@ class ParameterServerExchange:
                     if stream is not None:
                         stream.cancel()
                 return
-
-
-def check_ranges(held: Sequence[tuple[range, str]], count: int) -> None:
-    """Raise TrainingFault unless the servers (range, address) together hold each of `count` elements once."""
-    reached = 0
-    for elements, address in sorted(held, key=lambda pair: pair[0].start):
-        if elements.start != reached:
-            raise TrainingFault(
-                f"parameter server {address} begins at element {elements.start}, {reached} is next to hold"
-            )
-        reached = elements.stop
-    if reached != count:
-        raise TrainingFault(f"the parameter servers hold {reached} of {count} elements")

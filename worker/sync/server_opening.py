@@ -24,9 +24,10 @@ from worker.server.process import Part
 from worker.server.supervision import SupervisedServer
 from worker.sync.all_reduce import CACHE_LINE_ELEMENTS, leave_shared_memory, slice_bounds
 from worker.sync.exchange import TOTALS, share_state
+from worker.sync.exchange_stream import check_ranges
 from worker.sync.host_address import LOOPBACK, address_for_peers, own_addresses
 from worker.sync.node import Node
-from worker.sync.parameter_server import ParameterServerExchange, check_ranges
+from worker.sync.parameter_server import ParameterServerExchange
 from worker.sync.reduction import Reduction
 from worker.sync.reproducible import make_shard_buffers
 from worker.sync.server_exchange import ServerExchange

@@ -15,7 +15,7 @@ import coordinator.controller
 from coordinator.changes import Changes
 from coordinator.controller import Controller
 from coordinator.database import StoreUnavailable, sqlite_at
-from coordinator.jobs import JobState, Process
+from coordinator.jobs import JobState, Observed, Process
 from coordinator.launchers.local import Cause
 from coordinator.metrics import Metrics
 from coordinator.refusals import Refused
@@ -35,11 +35,15 @@ SPEC = parse_job(
 class FakeRunning:
     """Ends when it is told to."""
 
-    process: Process = field(default_factory=lambda: Process(2**22 + 1, 1))  # above every real pid
+    process: Process | None = field(default_factory=lambda: Process(2**22 + 1, 1))  # above every real pid
+    seen: Observed | None = None
     exit_code: int | None = None
     stuck: bool = False
     secret: str = ""
     terminated: threading.Event = field(default_factory=threading.Event)
+
+    def observed(self) -> Observed | None:
+        return self.seen
 
     def poll(self) -> int | None:
         if self.stuck:
@@ -90,7 +94,9 @@ def parts(tmp_path: Path) -> Iterator[Parts]:
     clock = lambda: datetime.now(UTC)  # noqa: E731
     controller = Controller(
         store=store,
-        launcher=Launcher(start, lambda job, folder: None, lambda code, logs: Cause("RankFailed", f"exit code {code}")),
+        launcher=Launcher(
+            start, lambda job, folder: None, lambda run, code, logs: Cause("RankFailed", f"exit code {code}")
+        ),
         metrics=Metrics(2, clock, store.count_by_state, CollectorRegistry()),
         changes=Changes(),
         state=tmp_path,
@@ -254,3 +260,14 @@ def test_a_coordinator_that_stops_takes_no_job_but_still_answers_a_repeated_subm
     assert parts.controller.submit(SPEC, "once").id == first.id
     with pytest.raises(Refused, match="takes no jobs"):
         parts.controller.submit(SPEC)
+
+
+def test_a_launched_job_says_what_another_system_says_of_it(parts) -> None:
+    parts.controller.start()
+    job_id = parts.controller.submit(SPEC).id
+    parts.until(lambda: parts.state(job_id) is JobState.STARTING and bool(parts.launched))
+    parts.launched[0].seen = Observed("HeldForNodes", "Slurm job 7 waits (Resources)")
+    parts.until(lambda: parts.store.get(job_id).reason == "HeldForNodes")
+    parts.controller.cancel(job_id)
+    parts.until(lambda: parts.state(job_id) is JobState.CANCELLED)
+    assert [change.reason for change in parts.store.get(job_id).history][1:3] == ["Launching", "HeldForNodes"]

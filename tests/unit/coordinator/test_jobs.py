@@ -15,6 +15,8 @@ EVENTS = (
     jobs.Waited("WaitingForSlots", "needs 2 slots, 1 free", 1),
     jobs.Admitted("digest"),
     jobs.Launched(jobs.Process(12, 345)),
+    jobs.Observed("HeldForNodes", "Slurm job 7 waits (Resources)"),
+    jobs.Observed("Launching", "Slurm job 7 runs on vm"),
     jobs.Reported(),
     jobs.Finished(job_pb2.Summary(steps=4)),
     jobs.Broke("RankKilled", "rank 1 was killed"),
@@ -117,3 +119,13 @@ def test_an_id_begins_with_the_name() -> None:
 @pytest.mark.parametrize("text", ["", ".", "..", "../a", "a/b", "-a", "a-", "A", "a.b", "a\n", "a" * 49, "a b"])
 def test_what_could_lead_out_of_a_folder_is_no_id(text) -> None:
     assert not is_id(text)
+
+
+def test_a_stay_in_another_systems_queue_is_in_the_history_and_its_reasons_are_not(make_job, noon) -> None:
+    job = advance(make_job(), jobs.Admitted("digest"), noon)
+    for minute, words in enumerate(["HeldForTurn", "HeldForNodes", "Launching", "Launching"], start=1):
+        job = advance(job, jobs.Observed(words, f"minute {minute}"), noon + timedelta(minutes=minute))
+        assert (job.reason, job.message) == (words, f"minute {minute}")
+    told = [(change.reason, change.time - noon) for change in job.history[1:]]
+    minute = timedelta(minutes=1)
+    assert told == [("Launching", 0 * minute), ("HeldForTurn", minute), ("Launching", 3 * minute)]

@@ -37,7 +37,7 @@ def launched(make_job, noon):
 
 def test_every_reason_a_launch_can_end_for_is_in_the_table() -> None:
     source = Path(coordinator.__file__).parent / "launchers" / "causes.py"
-    named = set(re.findall(r'"((?:Rank|Ranks|Launch|Launcher|Worker|Root|Not)[A-Z]\w+)"', source.read_text()))
+    named = set(re.findall(r'"((?:Rank|Ranks|Launch|Launcher|Host|Worker|Root|Not)[A-Z]\w+)"', source.read_text()))
     assert named
     assert named <= RETRIED.keys()
 
@@ -110,3 +110,12 @@ def test_the_first_loss_is_made_good_at_once(launched, noon) -> None:
     job = advance(job, jobs.Admitted("digest"), noon + timedelta(seconds=1))
     assert recovery_seconds(job, noon + timedelta(seconds=2.5)) == 2.5
     assert recovery_seconds(launched(3), noon) is None
+
+
+def test_a_stay_in_another_systems_queue_hides_no_second_failure_of_the_same_kind(launched, noon) -> None:
+    job = launched(3, 1, reported=False)
+    for reason in ("HeldForNodes", "Launching"):
+        job = advance(job, jobs.Observed(reason, "Slurm says so"), noon)
+    ended = after_loss(job, *PROCESSES)
+    assert isinstance(ended, jobs.Broke)
+    assert "twice in the same way before its first step" in ended.message

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from coordinator.jobs import LAUNCHED, JobState
+from coordinator.jobs import LAUNCHED, Admitted, JobState, Observed, Reported, advance
 from coordinator.quotas import Quotas
 from coordinator.scheduler import Capacity, GiveUp, Start, Wait, decide, queue_order
 
@@ -246,3 +246,24 @@ def test_a_job_past_its_own_limit_of_seconds_is_stopped_counted_from_its_launch(
         "DeadlineExceeded",
         "stopped: it ran for longer than limits.seconds allows, 30 s; what it left can be pulled",
     )
+
+
+def test_time_in_another_systems_queue_counts_against_no_deadline(make_job, noon) -> None:
+    job = make_job(workers=1)
+    job.spec.limits.seconds = 300
+    hour = timedelta(hours=1)
+    held = advance(advance(job, Admitted("digest"), noon), Observed("HeldForNodes", "waits for nodes"), noon)
+    assert decide(noon + hour, [held], Capacity(1, 60)) == []
+    begun = advance(held, Observed("Launching", "runs on vm"), noon + hour)
+    assert decide(noon + hour + timedelta(seconds=59), [begun], Capacity(1, 60)) == []
+    (late,) = decide(noon + hour + timedelta(seconds=61), [begun], Capacity(1, 60))
+    assert late.reason == "StartDeadlineExceeded"
+    (ran,) = decide(noon + hour + timedelta(seconds=301), [advance(begun, Reported(), noon + hour)], Capacity(1, 60))
+    assert ran.reason == "DeadlineExceeded"
+
+
+def test_a_start_that_takes_too_long_says_what_another_system_said_of_it(make_job, noon) -> None:
+    job = advance(make_job(), Admitted("digest"), noon)
+    job = advance(job, Observed("ImagePullBackOff", "pod x: image y cannot be pulled"), noon)
+    (late,) = decide(noon + timedelta(seconds=61), [job], Capacity(1, 60))
+    assert "60 s of the launch; pod x: image y cannot be pulled; `paceline logs" in late.message

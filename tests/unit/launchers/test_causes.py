@@ -57,12 +57,34 @@ def explained(tmp_path: Path):
             "mpirun refuses to run as root: set OMPI_ALLOW_RUN_AS_ROOT=1 and OMPI_ALLOW_RUN_AS_ROOT_CONFIRM=1",
             None,
         ),
+        ("host_lost", 0, "HostLost", "mpirun lost host host2 in the middle of the run", None),
+        (
+            "daemon_lost",
+            255,
+            "HostLost",
+            "mpirun has no daemon on host host2: the host died, or a firewall keeps it from calling back",
+            None,
+        ),
+        (
+            "peer_lost",
+            255,
+            "HostLost",
+            "a rank on host host2 is gone without a word: it, or its host, has died",
+            None,
+        ),
         (None, 1, "LaunchFailed", "mpirun ended with exit code 1 and said nothing", None),
     ],
 )
 def test_each_recorded_ending_has_its_cause_in_one_line(explained, recording, exit_code, reason, message, rank):
     cause = explained(exit_code, recording)
     assert (cause.reason, cause.message, cause.rank) == (reason, message, rank)
+
+
+def test_each_host_that_cannot_be_used_is_named_by_the_first_of_them(tmp_path):
+    lines = ("host a cannot be used: ssh says: refused", "host b cannot be used: it did not answer", "too few slots")
+    (tmp_path / "launcher.log").write_text("\n".join(lines) + "\n")
+    cause = explain(69, tmp_path)
+    assert (cause.reason, cause.message) == ("HostUnreachable", "host a cannot be used: ssh says: refused")
 
 
 def test_a_killed_rank_comes_with_its_signal_and_the_last_lines_of_its_own_log(explained):

@@ -274,6 +274,17 @@ def test_a_worker_that_had_no_answer_to_its_last_push_gets_the_weights_there_are
     assert shard.version == (10, 0)
 
 
+def test_a_worker_that_had_no_answer_is_told_the_totals_that_the_others_were() -> None:
+    """Or it alone would not know of the report, the checkpoint or the stop that they ask for."""
+    setup = ShardSetup(COUNT, "digest", WORKERS, generation=2, chunk_elements=CHUNK, decayed=DECAYED, restored=True)
+    shard = Shard(setup, adamw(), np.zeros(COUNT, np.float32), adamw().init(COUNT, np.float32), step=4)
+    shard.join(0, 2, COUNT, "digest", 9, (24, (1.5, 2.0)))
+    shard.join(1, 2, COUNT, "digest", 8, (16, (9.0, 9.0)))
+    shard.join(2, 2, COUNT, "digest", 9, (24, (1.5, 2.0)))
+    (answer,) = shard.receive(push_of(1, 9, 0), 0.0)
+    assert (answer.samples, answer.totals) == (24, (1.5, 2.0))
+
+
 @pytest.mark.parametrize("steps", [(9, 7, 9), (3, 3, 3)])
 def test_workers_further_apart_than_a_step_or_behind_the_snapshot_are_a_fault(steps: tuple[int, ...]) -> None:
     shard = back_from_a_snapshot(*steps)
