@@ -20,12 +20,11 @@ from coordinator.folders import JobFolder, write_atomically
 from coordinator.jobs import Job
 from coordinator.launchers import kubernetes, local, slurm, ssh
 from coordinator.launchers.options import OptionInvalid, read
-from coordinator.runs import Launcher
+from coordinator.runs import Command, Launcher
 from protos import environment
 
 ADDRESS = "address"  # where workers find the coordinator that is there now; they outlive one
 
-Command = Callable[[Job, str, JobFolder], tuple[list[str], dict[str, str]]]
 Options = Mapping[str, str]
 
 

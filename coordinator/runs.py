@@ -41,6 +41,10 @@ class Running(Protocol):
     def terminate(self, grace_seconds: float) -> int: ...
 
 
+# The worker's arguments, and the variables that every rank must see, of a job, its token and its folder.
+Command = Callable[[Job, str, JobFolder], tuple[list[str], dict[str, str]]]
+
+
 class Launcher(NamedTuple):
     """What the controller needs of a launcher."""
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -24,7 +24,7 @@ from coordinator.launchers.causes import begin_attempt
 from coordinator.launchers.foreign import Seen
 from coordinator.launchers.kubernetes_states import seen_of
 from coordinator.launchers.options import OptionInvalid
-from coordinator.runs import Launcher
+from coordinator.runs import Command, Launcher
 from protos.environment import JOB_TOKEN
 
 if TYPE_CHECKING:
@@ -201,7 +201,7 @@ def make_launcher(
     options: Mapping[str, str],
     mpirun: str,
     worker: str,
-    command: Callable[[Job, str, JobFolder], tuple[list[str], dict[str, str]]],
+    command: Command,
 ) -> Launcher:
     """Starts `paceline-worker` in pods.
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -26,7 +26,7 @@ from coordinator.launchers.causes import LAUNCHER_LOG, begin_attempt
 from coordinator.launchers.foreign import NoAnswer, Seen, SubmitRefused
 from coordinator.launchers.options import OptionInvalid
 from coordinator.launchers.slurm_states import seen_of
-from coordinator.runs import Launcher
+from coordinator.runs import Command, Launcher
 
 PROGRAMS = ("sbatch", "squeue", "scancel", "sinfo")
 INSTALL = "install Slurm's commands (Debian: apt-get install slurm-client)"
@@ -170,7 +170,7 @@ def make_launcher(
     options: Mapping[str, str],
     mpirun: str,
     worker: str,
-    command: Callable[[Job, str, JobFolder], tuple[list[str], dict[str, str]]],
+    command: Command,
 ) -> Launcher:
     """Starts `paceline-worker` through Slurm.
 

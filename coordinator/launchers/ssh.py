@@ -12,7 +12,7 @@ import json
 import re
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -21,7 +21,7 @@ from coordinator.folders import JobFolder
 from coordinator.jobs import Job
 from coordinator.launchers import local, reach
 from coordinator.launchers.options import OptionInvalid
-from coordinator.runs import Launcher
+from coordinator.runs import Command, Launcher
 
 OPTIONS: Mapping[str, str] = MappingProxyType(
     {
@@ -140,7 +140,7 @@ def make_launcher(
     options: Mapping[str, str],
     mpirun: str,
     worker: str,
-    command: Callable[[Job, str, JobFolder], tuple[list[str], dict[str, str]]],
+    command: Command,
 ) -> Launcher:
     """Starts `paceline-worker` on the hosts of the host file, which is read again for each launch."""
     cores = local.available_cores()
