@@ -5,6 +5,7 @@ of images at once, so that an operation runs over long rows and a slice stays in
 edge (padding `same`) they see only what is inside.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, Final
 
@@ -33,7 +34,7 @@ class Untrained:
         """Nothing is trained."""
 
 
-class WindowPool(Untrained):
+class WindowPool(Untrained, ABC):
     """What the two with windows share: shapes, and slices of images with the value `outside` around them."""
 
     outside: ClassVar[float]  # what a window may see without changing its result
@@ -82,13 +83,13 @@ class WindowPool(Untrained):
             self.spread(slice(0, len(dy)), dx)
         return dx
 
+    @abstractmethod
     def pool(self, images: slice, maps: FloatArray) -> None:
         """The output for these images of the batch."""
-        raise NotImplementedError
 
+    @abstractmethod
     def spread(self, images: slice, d_maps: FloatArray) -> None:
         """Write dL/dx of these images of the batch, given the dy of all of it."""
-        raise NotImplementedError
 
     def slices(self, images: slice) -> Iterator[tuple[slice, slice]]:
         """Images cut into slices that stay in cache: where each lies in the batch, and where among these images."""
