@@ -179,7 +179,7 @@ ROWS: dict[str, tuple[Deed, str, str]] = {
     "a NUL in a path": (reads("FOLDER/x\0.npz"), INVALID, "is not a path"),
     "a file URL": (reads("file:///etc/passwd"), DENIED, OUTSIDE),
     "a URL of this machine": (reads("http://169.254.169.254/latest/meta-data"), DENIED, OUTSIDE),
-    "weights from elsewhere": (setting("initialize_from", "/root/model.safetensors"), DENIED, OUTSIDE),
+    "weights from elsewhere": (setting("initialize_from", "/elsewhere/model.safetensors"), DENIED, OUTSIDE),
     "a job id that is a path": (call("GetJob", pb.GetJobRequest(job_id="../../etc")), ABSENT, "'../../etc'"),
     "output of a path": (call("PullArtifacts", pb.PullArtifactsRequest(job_id="../../.")), ABSENT, "'../../.'"),
     "logs of a path": (call("StreamLogs", pb.StreamLogsRequest(job_id="/etc")), ABSENT, "'/etc'"),
